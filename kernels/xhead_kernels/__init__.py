@@ -1,0 +1,1 @@
+"""Triton kernels: one kernel and its launcher a file. There are none yet, so every engine of `xhead` runs in plain PyTorch."""
