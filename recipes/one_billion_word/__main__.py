@@ -1,0 +1,4 @@
+from recipes.one_billion_word.train import main
+
+if __name__ == "__main__":
+    main()

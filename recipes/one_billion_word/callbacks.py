@@ -1,0 +1,58 @@
+"""What the recipe adds to the stock Trainer: exact validation perplexity, and the time of each step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_utils import unwrap_model
+
+from recipes.one_billion_word.packing import PackedSentences
+from recipes.one_billion_word.perplexity import measure_perplexity
+
+
+class ExactValidation(TrainerCallback):
+    """Log `valid_loss` and `valid_perplexity` every so many steps and after the last.
+
+    The Trainer's own evaluation averages the means of batches, which weighs a token of a batch with few tokens more.
+    """
+
+    def __init__(self, trainer: Trainer, blocks: PackedSentences, every: int) -> None:
+        self.trainer = trainer
+        self.blocks = blocks
+        self.every = every
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        measured = measure_perplexity(
+            unwrap_model(self.trainer.model),  # pyright: ignore
+            self.blocks,
+            batch_size=args.per_device_eval_batch_size,
+            progress=None if args.disable_tqdm or not state.is_local_process_zero else "validating",
+        )
+        self.trainer.log({"valid_loss": measured.loss, "valid_perplexity": measured.perplexity})
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each step, forward to optimizer, without the loading of data and whatever happens between steps."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = self._now()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds.append(self._now() - self._started)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,53 @@
+"""The model: a stock Llama of transformers, small, over the words of a vocabulary; and its patch."""
+
+from __future__ import annotations
+
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+import xhead
+from recipes.one_billion_word.errors import RecipeError
+from recipes.one_billion_word.options import STOCK, ModelOptions
+from recipes.one_billion_word.vocabulary import Vocabulary
+
+
+def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int, seed: int) -> LlamaForCausalLM:
+    """A model with random weights that depend on nothing but the shapes and the seed."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.hidden_size * 8 // 3,  # what keeps a gated layer as large as an ungated one
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.attention_heads,
+        max_position_embeddings=block_length,
+        tie_word_embeddings=options.tie_embeddings,
+        bos_token_id=vocabulary.start,
+        eos_token_id=vocabulary.end,
+        pad_token_id=None,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def check_loss(options: ModelOptions) -> None:
+    """Fail before any data is read when the loss is unknown.
+
+    Raises:
+        RecipeError: with the names that are known.
+    """
+    if options.loss != STOCK and options.loss not in xhead.list_losses():
+        raise RecipeError(f"--loss is {options.loss!r}; known: {', '.join([STOCK, *xhead.list_losses()])}")
+
+
+def apply_loss(model: LlamaForCausalLM, options: ModelOptions) -> LlamaForCausalLM:
+    """Patch the model unless the stock loss is wanted.
+
+    Raises:
+        RecipeError: an option that the loss does not take.
+    """
+    if options.loss == STOCK:
+        return model
+    try:
+        return xhead.patch(model, loss=options.loss, **options.parsed_loss_options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"--loss {options.loss} --loss_options {options.loss_options}: {error}") from error

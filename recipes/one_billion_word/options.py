@@ -1,0 +1,159 @@
+"""What the command takes, beside every option of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from recipes.one_billion_word.errors import RecipeError
+
+STOCK = "stock"
+
+
+@dataclass
+class DataOptions:
+    """Which text, and how it becomes blocks of word ids."""
+
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "The benchmark's folder, a folder or file of text (plain or .gz) or parquet, or a dataset name. "
+            "Default: the documentation inside this Python installation."
+        },
+    )
+    vocab: str | None = field(
+        default=None,
+        metadata={"help": "A vocabulary file, `word count` a line in frequency order. Default: built from the text."},
+    )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Keep so many of the most frequent words when building. Default: all."}
+    )
+    min_count: int = field(default=3, metadata={"help": "Words seen less often become <UNK> when building."})
+    block_length: int = field(default=128, metadata={"help": "Tokens in a block of packed sentences."})
+    join_lines: bool = field(
+        default=False,
+        metadata={"help": "Lines belong together (WikiText) instead of being independent sentences."},
+    )
+    valid_sentences: int = field(
+        default=10_000, metadata={"help": "Use at most so many validation sentences. The test set is never cut."}
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(1, min_count=self.min_count, valid_sentences=self.valid_sentences)
+        _at_least(8, block_length=self.block_length)
+        if self.vocab is not None and self.vocab_size is not None:
+            raise RecipeError("--vocab and --vocab_size exclude each other: cut the file to the lines wanted instead")
+
+
+@dataclass
+class ModelOptions:
+    """The transformer and the loss it trains with."""
+
+    hidden_size: int = field(default=256, metadata={"help": "Width of the hidden states."})
+    layers: int = field(default=2, metadata={"help": "Transformer layers."})
+    attention_heads: int = field(default=4, metadata={"help": "Attention heads; they divide hidden_size."})
+    tie_embeddings: bool = field(default=True, metadata={"help": "Use one matrix for input and output words."})
+    loss: str = field(
+        default=STOCK, metadata={"help": "stock (the model as it is), or a loss that xhead.patch knows, such as cce."}
+    )
+    loss_options: str = field(
+        default="{}", metadata={"help": """JSON for xhead.patch, as in '{"filter_eps": 0.00390625}'."""}
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(1, hidden_size=self.hidden_size, layers=self.layers, attention_heads=self.attention_heads)
+        if self.hidden_size % (2 * self.attention_heads):
+            raise RecipeError(
+                f"--hidden_size is {self.hidden_size}: it must be a multiple of 2 x --attention_heads = "
+                f"{2 * self.attention_heads}, since positions rotate pairs of a head's numbers"
+            )
+        if self.loss == STOCK and self.parsed_loss_options:
+            raise RecipeError("--loss_options needs a --loss other than stock, which has no options")
+
+    @property
+    def parsed_loss_options(self) -> dict[str, Any]:
+        try:
+            options = json.loads(self.loss_options)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"--loss_options is {self.loss_options!r}, which is not JSON: {error}") from error
+        if not isinstance(options, dict):
+            raise RecipeError(f"--loss_options is {self.loss_options!r}; it must be a JSON object of option names")
+        return options
+
+
+@dataclass
+class RunOptions:
+    """What happens around training."""
+
+    resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint in --output_dir."})
+    valid_steps: int = field(default=500, metadata={"help": "Measure the validation perplexity every so many steps."})
+    evaluate_test: bool = field(default=True, metadata={"help": "Measure the test perplexity at the end."})
+    save_head_inputs: int = field(
+        default=0,
+        metadata={
+            "help": "Save hidden (N, D), weight (V, D), target (N,) of so many validation tokens to "
+            "head_inputs.safetensors, for measuring losses on a trained head."
+        },
+    )
+    measure_memory: bool = field(default=False, metadata={"help": "Measure the peak memory of one loss call."})
+
+    def __post_init__(self) -> None:
+        _at_least(1, valid_steps=self.valid_steps)
+        _at_least(0, save_head_inputs=self.save_head_inputs)
+
+
+Options: TypeAlias = tuple[DataOptions, ModelOptions, RunOptions, TrainingArguments]
+
+
+def parse_options(arguments: list[str] | None = None) -> Options:
+    """Parse a command line.
+
+    Raises:
+        RecipeError: an option is not known, a value is out of range, or two exclude each other.
+    """
+    parser = HfArgumentParser(
+        (DataOptions, ModelOptions, RunOptions, TrainingArguments),  # pyright: ignore
+        prog="python -m recipes.one_billion_word",
+        description="Train a word-level transformer and measure its exact perplexity.",
+        allow_abbrev=False,
+    )
+    on_gpu = torch.cuda.is_available()
+    parser.set_defaults(
+        output_dir="runs/one_billion_word",
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=16,
+        num_train_epochs=1.0,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.01,
+        logging_steps=10,
+        save_steps=500,
+        save_total_limit=2,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=on_gpu,
+        report_to="none",
+    )
+    try:
+        parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    except ValueError as error:  # from TrainingArguments: such as bf16 on a device without it
+        raise RecipeError(str(error)) from error
+    data, model, run, training, unknown = parsed
+    if unknown:
+        raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
+    if training.save_strategy == "steps" and training.save_steps % training.logging_steps:
+        raise RecipeError(
+            f"--save_steps {training.save_steps} must be a multiple of --logging_steps {training.logging_steps}: "
+            "a resumed run would otherwise log its first loss over another number of steps"
+        )
+    return data, model, run, training
+
+
+def _at_least(minimum: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < minimum:
+            raise RecipeError(f"--{name} is {value}; it must be at least {minimum}")

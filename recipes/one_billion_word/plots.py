@@ -1,0 +1,47 @@
+"""Training and validation losses as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str) -> None:
+    """Draw the losses of one or more runs over the steps.
+
+    Args:
+        histories: for each run, the log history of the Trainer: entries with `step` and `loss` or `valid_loss`.
+        path: the picture to write; its ending says the format.
+        title: over the plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (name, history) in enumerate(histories.items()):
+        color = f"C{number}"
+        # Runs that agree lie on one another: later ones are dashed, so that both can be seen.
+        style = "-" if number == 0 else (0, (4, 4))
+        for key, label, width, marker in (("loss", "train", 1.0, ""), ("valid_loss", "valid", 2.0, "o")):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                steps, losses = zip(*points, strict=True)
+                axes.plot(
+                    steps,
+                    losses,
+                    color=color,
+                    linestyle=style,
+                    linewidth=width,
+                    marker=marker,
+                    label=f"{name}, {label}",
+                )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(title, fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
