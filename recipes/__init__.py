@@ -1,1 +1,1 @@
-"""Recipes: each folder is a command, `python -m recipes.NAME`, that trains on real data and reports what the field reports."""
+"""Recipes: each folder is a command, `python -m recipes.NAME`, that trains on real data and reports its numbers."""

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from recipes.one_billion_word.packing import PackedSentences
-from recipes.one_billion_word.perplexity import hidden_and_targets
+from recipes.one_billion_word.perplexity import hidden_and_targets, output_head
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def save_head_inputs(model: PreTrainedModel, blocks: PackedSentences, tokens: in
     model.train(was_training)
     saved = {
         "hidden": torch.cat(hidden)[:tokens].contiguous(),
-        "weight": model.get_output_embeddings().weight.detach().cpu().clone().contiguous(),
+        "weight": output_head(model).weight.detach().cpu().clone().contiguous(),
         "target": torch.cat(target)[:tokens].contiguous(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

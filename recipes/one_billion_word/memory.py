@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from recipes.one_billion_word.packing import IGNORED
+from recipes.one_billion_word.perplexity import output_head
 
 
 def measure_loss_memory(
@@ -40,7 +41,7 @@ def measure_loss_memory(
     """
     model.train()
     model.zero_grad(set_to_none=True)
-    body, head = model.base_model, model.get_output_embeddings()
+    body, weight = model.base_model, output_head(model).weight
     with torch.no_grad(), autocast:
         states = body(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     hidden = states.last_hidden_state.detach().requires_grad_()
@@ -57,7 +58,6 @@ def measure_loss_memory(
         model.zero_grad(set_to_none=True)
         hidden.grad = None
         peak = _peak_cuda(loss_and_gradients) if hidden.is_cuda else _peak_cpu(loss_and_gradients)
-    weight = head.weight
     gradients = hidden.numel() * hidden.element_size() + weight.numel() * weight.element_size()
     model.zero_grad(set_to_none=True)
     return {"peak": peak, "gradients": gradients, "logits": hidden[..., 0].numel() * weight.shape[0] * 4}
@@ -85,8 +85,9 @@ def _peak_cpu(call: Callable[[], None]) -> int:
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    kineto = profile.profiler.kineto_results  # pyright: ignore
-    changes = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
+    recorded: Any = profile.profiler
+    events = recorded.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     held = peak = 0
     for _, change in changes:
         held += change

@@ -71,7 +71,8 @@ class ModelOptions:
                 f"--hidden_size is {self.hidden_size}: it must be a multiple of 2 x --attention_heads = "
                 f"{2 * self.attention_heads}, since positions rotate pairs of a head's numbers"
             )
-        if self.loss == STOCK and self.parsed_loss_options:
+        options = self.parsed_loss_options
+        if self.loss == STOCK and options:
             raise RecipeError("--loss_options needs a --loss other than stock, which has no options")
 
     @property

@@ -97,13 +97,21 @@ def hidden_and_targets(
     return output.last_hidden_state[:, :-1][counts], following[counts]
 
 
+def output_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The projection from hidden states to logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise TypeError(f"{type(model).__name__} has {type(head).__name__} as output embeddings; a Linear is needed")
+    return head
+
+
 def _sum_nll(
     model: PreTrainedModel,
     hidden: torch.Tensor,  # (N, D)
     target: torch.Tensor,  # (N,)
     max_logits: int,
 ) -> float:
-    head = model.get_output_embeddings()
+    head = output_head(model)
     rows = max(1, max_logits // model.config.vocab_size)
     total = 0.0
     for some_hidden, some_target in zip(hidden.split(rows), target.split(rows), strict=True):

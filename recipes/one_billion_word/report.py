@@ -1,0 +1,86 @@
+"""What a run tells: lines at its start and end, results.json, losses.png."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedModel, Trainer
+
+import xhead
+from recipes.one_billion_word.data import Data
+from recipes.one_billion_word.options import STOCK
+from recipes.one_billion_word.plots import plot_losses
+
+
+def describe(data: Data, model: PreTrainedModel, loss: str) -> None:
+    """Say which data, which test set, which vocabulary and which model: on the first process only."""
+    state = PartialState()
+    state.print(f"data        {data.corpus.name}")
+    state.print(f"test set    {data.corpus.test_name}: {data.test.predicted:,} tokens")
+    state.print(
+        f"vocabulary  {len(data.vocabulary):,} words; tokens to predict: {data.train.predicted:,} train, "
+        f"{data.valid.predicted:,} valid"
+    )
+    state.print(f"model       {model.num_parameters():,} parameters, loss {loss}")
+
+
+def summarize(data: Data, model: PreTrainedModel, loss: str, trainer: Trainer, seconds: list[float]) -> dict[str, Any]:
+    """The results of a training.
+
+    Args:
+        data: what was trained on.
+        model: what was trained.
+        loss: the name of its loss.
+        trainer: after training.
+        seconds: of each step.
+    """
+    history = trainer.state.log_history
+    train_losses = [entry["loss"] for entry in history if "loss" in entry]
+    last = max(1, len(train_losses) // 10)
+    valid = next((entry for entry in reversed(history) if "valid_loss" in entry), {})
+    training = trainer.args
+    blocks = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    results: dict[str, Any] = {
+        "data": data.corpus.name,
+        "test_set": data.corpus.test_name,
+        "vocabulary": len(data.vocabulary),
+        "train_tokens": data.train.predicted,
+        "parameters": model.num_parameters(),
+        "loss": loss,
+        "steps": trainer.state.global_step,
+        "tokens_per_step": blocks * data.train.block_length,
+        "processes": training.world_size,
+        "train_loss": statistics.fmean(train_losses[-last:]) if train_losses else None,
+        "valid": {
+            "loss": valid.get("valid_loss"),
+            "perplexity": valid.get("valid_perplexity"),
+            "tokens": data.valid.predicted,
+        },
+        "seconds_per_step_median": statistics.median(seconds) if seconds else None,
+        "history": history,
+    }
+    if loss != STOCK:
+        status = xhead.status(model)
+        results["patch"] = {"cut": status.cut, "materialized": status.materialized}
+    return results
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """Print the perplexities, and write results.json and losses.png."""
+    for split in ("valid", "test"):
+        if split in results:
+            loss, perplexity, tokens = (results[split][name] for name in ("loss", "perplexity", "tokens"))
+            print(f"{split:<12}loss {loss:.4f}, perplexity {perplexity:.2f} over {tokens:,} tokens")
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    written = "results.json, losses.png"
+    try:
+        plot_losses({results["loss"]: results["history"]}, folder / "losses.png", results["data"])
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        written = "results.json"
+    print(f"written     {written}, vocabulary.txt and model in {folder}")
