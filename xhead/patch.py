@@ -1,0 +1,129 @@
+"""`patch`, `unpatch` and `status`: train a Hugging Face model without ever building its logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+import xhead.answers  # noqa: F401  what lazy logits can answer is registered on import
+from xhead import guard
+from xhead.lazy import LazyLogits
+from xhead.losses import get_loss
+from xhead.projection import HeadPatch, claim, cut_layers, owner_and_head, projections, release
+from xhead.standin import Record
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch(
+    model: Model,
+    loss: str | Callable[[LazyLogits, Tensor], Tensor] = "cce",
+    *,
+    lazy_eval: bool = False,
+    **options: Any,
+) -> Model:
+    """Let the model's loss be computed without its logits; the model's own code stays as it is.
+
+    The output projection (`model.get_output_embeddings()`) returns `LazyLogits` wherever gradients are enabled. The model slices,
+    scales and caps them as it always does, and its call of `F.cross_entropy` is answered with `loss`. Evaluation and
+    `generate()` get real logits, bit for bit. Nothing is added to checkpoints.
+
+    Args:
+        model: a `transformers` model with a linear output projection, tied or not; or one that a PEFT adapter wraps.
+        loss: a name of `xhead.list_losses()`, or `loss(logits, labels) -> rows` with `logits` a `LazyLogits` of shape
+            (n, V), `labels` (n,) int64 and `rows` (n,), one number a row. Ignored rows, the reduction and
+            `num_items_in_batch` stay with the model.
+        lazy_eval: lazy logits without gradients too, where evaluation wants the loss alone. `generate()` then builds them.
+        options: options of the loss.
+
+    Returns:
+        The model, patched in place. A second call with the same arguments changes nothing.
+
+    Raises:
+        ValueError: an unknown loss or option, a model without an output projection or one patched otherwise before, a
+            projection whose forward has been replaced.
+        TypeError: an output projection that is no plain `torch.nn.Linear` (an embedding, a quantised layer).
+
+    A model that the error is raised for is left as it was.
+
+    Gradient accumulation: the older classes (BERT, T5, BART and others that build their own `CrossEntropyLoss`) ignore the
+    Trainer's `num_items_in_batch`, patched or not, and their gradients then come out multiplied by the accumulation steps. Set
+    `model.accepts_loss_kwargs = False` before the Trainer is made.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    function = get_loss(loss, **options)
+    wanted = (loss, options, lazy_eval)
+    owner, head = owner_and_head(model)
+    for layer in cut_layers(model):
+        if layer.xhead_patch.asked() != wanted:
+            raise ValueError(
+                f"the model is already patched, with {_describe(*layer.xhead_patch.asked())}; got {_describe(*wanted)}. Call "
+                "xhead.unpatch(model) first"
+            )
+    linears = projections(head)
+    guard.check_forward(owner)
+    found = [layer for layer in linears if hasattr(layer, "xhead_patch")]
+    head_patch = found[0].xhead_patch if found else HeadPatch(loss, options, lazy_eval, Record(loss=function))
+    claim(linears, head_patch)  # type: ignore[arg-type]
+    if not found:
+        guard.watch(owner, head_patch)  # type: ignore[arg-type]
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo `patch`: the stock projection again, no hooks. Raises ValueError for a model that is not patched."""
+    layers = cut_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
+    guard.unwatch(model)
+    release(layers)
+    return model
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the patch of a model has done so far.
+
+    `cut` counts losses (and other row statistics) that were computed without the logits, `materialized` the times that logits
+    had to be built after all, and `operations` what asked for them, by name. Calls inside a compiled graph are not counted:
+    `compiled` says that there are such.
+    """
+
+    patched: bool
+    loss: Any = None
+    lazy_eval: bool = False
+    cut: int = 0
+    materialized: int = 0
+    operations: dict[str, int] = field(default_factory=dict)
+    compiled: bool = False
+
+
+def status(model: nn.Module) -> Status:
+    """Whether `model` is patched, and how often its loss was cut."""
+    patches = list({id(layer.xhead_patch): layer.xhead_patch for layer in cut_layers(model)}.values())
+    if not patches:
+        return Status(patched=False)
+    operations: dict[str, int] = {}
+    for record in (each.record for each in patches):
+        for name, count in record.operations.items():
+            operations[name] = operations.get(name, 0) + count
+        if record.compiled_materialized is not None:
+            operations.setdefault(record.compiled_materialized, 1)
+    return Status(
+        patched=True,
+        loss=patches[0].loss,
+        lazy_eval=patches[0].lazy_eval,
+        cut=sum(each.record.cut for each in patches),
+        materialized=sum(
+            each.record.materialized + (each.record.compiled_materialized is not None) for each in patches
+        ),
+        operations=operations,
+        compiled=any(each.record.compiled for each in patches),
+    )
+
+
+def _describe(loss: Any, options: dict[str, Any], lazy_eval: bool) -> str:
+    named = {"loss": loss, **options, "lazy_eval": lazy_eval}
+    return ", ".join(f"{name}={value!r}" for name, value in named.items())

@@ -1,0 +1,163 @@
+"""The patched projection: `nn.Linear` whose call gives lazy logits, and where in a model such projections are.
+
+The class of the existing module is swapped, and nothing else: parameters, names, hooks and checkpoints stay as they are.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from xhead.lazy import LazyLogits
+from xhead.standin import Record
+
+
+class HeadPatch:
+    """What `xhead.patch` was asked for, shared by the projections of one model."""
+
+    def __init__(self, loss: Any, options: dict[str, Any], lazy_eval: bool, record: Record):
+        self.loss, self.options, self.lazy_eval, self.record = loss, options, lazy_eval, record
+        self.entered = False
+
+    def asked(self) -> tuple[Any, dict[str, Any], bool]:
+        return self.loss, self.options, self.lazy_eval
+
+
+class CutLinear(nn.Linear):
+    """A linear output projection that returns `LazyLogits` where a gradient may be wanted, real logits elsewhere.
+
+    The loss runs inside this module's `__call__`, entered a second time with the function to apply: hooks that gather or
+    load the weight (FSDP, ZeRO-3, offloading) fire around it as they do around any forward.
+    """
+
+    xhead_patch: HeadPatch
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,  # (..., D)
+        consume: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None,
+    ) -> Any:
+        if consume is not None:
+            return consume(input, self.weight, self.bias)
+        patch = self.xhead_patch
+        patch.entered = True
+        if not (torch.is_grad_enabled() or patch.lazy_eval):
+            return super().forward(input)
+        if isinstance(self.weight, DTensor):
+            patch.record.count_materialized(
+                "DTensor weight", "the projection is split over devices (tensor parallel), so its logits are built as ever"
+            )
+            return super().forward(input)
+        return LazyLogits.deferred(input, self, patch.record)
+
+    def consume(self, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
+        """`function(hidden, weight, bias)`, inside this module's call."""
+        return self(hidden, consume=function)
+
+    def trains(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+
+def owner_and_head(model: nn.Module) -> tuple[Any, nn.Module]:
+    """The outermost module of `model` with an output projection, and that projection.
+
+    Raises ValueError where there is none.
+    """
+    for module in model.modules():
+        if callable(getattr(type(module), "get_output_embeddings", None)):
+            head = module.get_output_embeddings()  # type: ignore[operator]
+            if head is not None:
+                return module, head
+    raise ValueError(
+        f"{type(model).__name__} has no output projection: get_output_embeddings() gives None. xhead patches models that "
+        "project hidden states onto a vocabulary, such as those of AutoModelForCausalLM"
+    )
+
+
+def projections(head: Any) -> list[nn.Linear]:
+    """The linear layers whose outputs are the logits: the head itself, or those inside the adapter that wraps it.
+
+    Raises TypeError or ValueError, naming the fix, for a head that cannot be patched. Changes nothing.
+    """
+    if isinstance(head, nn.Module) and hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        copies = list(head.modules_to_save.values())  # type: ignore[union-attr, operator]
+        return [linear for module in [head.original_module, *copies] for linear in projections(module)]
+    if isinstance(head, nn.Module) and isinstance(getattr(head, "base_layer", None), nn.Module):
+        # LoRA adds lora_B(lora_A(x)) to the output of the layer it wraps: with lora_B lazy too, the sum is one projection.
+        # Any other adapter, and a lora_B that is no plain linear layer, gets real logits where it asks for them.
+        lora_b = getattr(head, "lora_B", None)
+        low_rank = lora_b.values() if isinstance(lora_b, nn.ModuleDict) else ()
+        plain = [layer for layer in low_rank if type(layer) is nn.Linear or isinstance(layer, CutLinear)]
+        return [*projections(head.base_layer), *plain]
+    _check_linear(head)
+    return [head]
+
+
+def _check_linear(head: Any) -> None:
+    name = f"{type(head).__module__}.{type(head).__qualname__}"
+    if type(head) is not nn.Linear and not isinstance(head, CutLinear):
+        advice = "it has no linear projection of its own that could be left out"
+        if isinstance(head, nn.Linear):
+            advice = (
+                "its forward may not be that of torch.nn.Linear. Patch before anything changes the layer's class "
+                "(fully_shard, parametrizations); a quantised head can be kept in torch.nn.Linear with "
+                'modules_to_not_convert=["lm_head"] or its like'
+            )
+        raise TypeError(f"the output projection is a {name}; xhead patches torch.nn.Linear, and {advice}")
+    weight = head.weight
+    if not weight.is_floating_point() or not (type(weight) is nn.Parameter or isinstance(weight, DTensor)):
+        raise TypeError(
+            f"the output projection's weight is a {type(weight).__name__} of {weight.dtype}; xhead patches a plain floating "
+            "point weight: leave the output projection out of the quantisation"
+        )
+    forward = head.__dict__.get("forward")
+    if forward is not None and "_old_forward" not in head.__dict__ and _function(forward) not in _OWN_FORWARDS:
+        raise ValueError(
+            f"the output projection's forward has been replaced on the module itself, by {_describe(forward)}; undo that, or "
+            "patch the model before it is done"
+        )
+
+
+def claim(linears: list[nn.Linear], patch: HeadPatch) -> None:
+    """Swap the class of each layer to `CutLinear`. Layers that have it are left alone."""
+    for linear in linears:
+        if not isinstance(linear, CutLinear):
+            linear.__class__ = CutLinear
+            linear.xhead_patch = patch  # type: ignore[assignment]
+            _rebind(linear, CutLinear.forward)
+
+
+def release(linears: list[CutLinear]) -> None:
+    """The reverse of `claim`."""
+    for linear in linears:
+        del linear.xhead_patch
+        if type(linear) is CutLinear:
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            _rebind(linear, nn.Linear.forward)
+
+
+def _rebind(linear: nn.Linear, forward: Callable[..., Any]) -> None:
+    """accelerate keeps the forward that it wraps on the module, bound: bind the one of the new class instead."""
+    for name in ("forward", "_old_forward"):
+        if _function(linear.__dict__.get(name)) in _OWN_FORWARDS:
+            linear.__dict__[name] = types.MethodType(forward, linear)
+
+
+def cut_layers(model: nn.Module) -> list[CutLinear]:
+    """The patched layers in `model`."""
+    return [module for module in model.modules() if isinstance(module, CutLinear)]
+
+
+def _function(forward: Any) -> Any:
+    return getattr(forward, "__func__", forward)
+
+
+def _describe(forward: Any) -> str:
+    function = _function(forward)
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+_OWN_FORWARDS = (nn.Linear.forward, CutLinear.forward)
