@@ -6,7 +6,7 @@
 #   make bench    the timings, the memory and the accuracy of the filter
 #
 # torch is installed first and alone, so that a machine that offers a build of its own (a CPU wheel, an index) can say so:
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#     make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -18,6 +18,8 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# The pinned versions need Python 3.11; on 3.10, pip takes the newest ones that still support it.
+PINS = $(shell $(BIN)/python -c 'import sys; print("--constraint constraints.txt" if sys.version_info >= (3, 11) else "")')
 
 .PHONY: help demo test lint format types pytest slow sweep bench clean
 
@@ -31,11 +33,11 @@ $(BIN)/python:
 # Two stages, so that the demo does not wait for the development tools.
 $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots]"
+	$(BIN)/python -m pip install --quiet $(PINS) --editable ".[plots]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(PINS) --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/.base

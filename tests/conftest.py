@@ -1,0 +1,24 @@
+"""Settings of the whole test run."""
+
+import os
+
+# Nothing is fetched in a test: a name that is not a local folder must fail at once, not after a network timeout.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads of their own inside each would only wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test draws the same numbers whether it runs alone, in another order or on another worker."""
+    torch.manual_seed(0)
