@@ -83,7 +83,7 @@ def _encoded(split: str, corpus: Corpus, vocabulary: Vocabulary, folder: Path, o
 
 
 def _with_progress(lines: Iterable[str], title: str) -> Iterable[str]:
-    return tqdm(lines, desc=title, unit=" sentences", unit_scale=True, leave=False, mininterval=1.0)
+    return tqdm(lines, desc=title, unit=" sentences", unit_scale=True, leave=False, disable=None)
 
 
 def _digest(*parts: object) -> str:

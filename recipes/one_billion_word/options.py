@@ -137,6 +137,7 @@ def parse_options(arguments: list[str] | None = None) -> Options:
         save_total_limit=2,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
         report_to="none",
     )
     try:

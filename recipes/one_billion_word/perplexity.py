@@ -68,7 +68,8 @@ def measure_perplexity(
     was_training = model.training
     model.eval()
     try:
-        for batch in tqdm(DataLoader(share, batch_size=batch_size), desc=progress, leave=False, disable=not progress):
+        disable = None if progress else True  # None: no bar where the output is not a terminal
+        for batch in tqdm(DataLoader(share, batch_size=batch_size), desc=progress, leave=False, disable=disable):
             hidden, target = hidden_and_targets(model, {name: value.to(device) for name, value in batch.items()})
             totals[0] += _sum_nll(model, hidden, target, max_logits)
             totals[1] += len(target)

@@ -26,7 +26,7 @@ def describe(data: Data, model: PreTrainedModel, loss: str) -> None:
         f"vocabulary  {len(data.vocabulary):,} words; tokens to predict: {data.train.predicted:,} train, "
         f"{data.valid.predicted:,} valid"
     )
-    state.print(f"model       {model.num_parameters():,} parameters, loss {loss}")
+    state.print(f"model       {model.num_parameters():,} parameters, loss {loss}, processes {state.num_processes}")
 
 
 def summarize(data: Data, model: PreTrainedModel, loss: str, trainer: Trainer, seconds: list[float]) -> dict[str, Any]:
