@@ -69,6 +69,10 @@ class Recording(StandIn):
         return NotImplemented if alpha != 1 else self._with("add", other, negate=True)
 
     @recorded
+    def rsub(self, other, alpha=1):
+        return NotImplemented if alpha != 1 else self._step("mul", -1.0)._with("add", other)
+
+    @recorded
     def neg(self):
         return self._step("mul", -1.0)
 
@@ -135,7 +139,8 @@ class Recording(StandIn):
         return self.sub(other)
 
     def __rsub__(self, other):
-        return self.neg().add(other)
+        answer = self._ask("rsub", (other,), {})
+        return other - self._give_up("__rsub__") if answer is NotImplemented else answer
 
     def __neg__(self):
         return self.neg()

@@ -71,6 +71,10 @@ def recorded(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+_REFLECTED = {"add": "add", "mul": "mul", "sub": "rsub"}
+"""Functions of a tensor and a stand-in -> the one that gives the same with the stand-in first."""
+
+
 class StandIn:
     """Base of the lazy objects. Subclasses give `shape`, `dtype`, `device`, `_record` and `_build()`."""
 
@@ -127,8 +131,8 @@ class StandIn:
             pass
         elif isinstance(args[0], StandIn):
             answer = args[0]._ask(name, args[1:], kwargs)
-        elif name in ("add", "mul") and len(args) == 2 and not kwargs:
-            answer = args[1]._ask(name, (args[0],), kwargs)
+        elif name in _REFLECTED and len(args) == 2 and not kwargs:
+            answer = args[1]._ask(_REFLECTED[name], (args[0],), kwargs)
         if answer is not NotImplemented:
             return answer
         return func(*_dense_of(args, name), **_dense_of(kwargs, name))
@@ -208,6 +212,10 @@ class StandIn:
     __hash__ = object.__hash__
 
 
+for _name in ("numel", "is_floating_point", "is_complex"):
+    StandIn._answers[_name] = getattr(StandIn, _name)
+
+
 def _dense_operator(name: str) -> Callable[..., Any]:
     def operator(self, *args):
         return getattr(self._give_up(name), name)(*_dense_of(args, name))
@@ -216,10 +224,12 @@ def _dense_operator(name: str) -> Callable[..., Any]:
     return operator
 
 
-_OPERATORS = """eq ne lt le gt ge matmul rmatmul pow rpow mod rmod floordiv rfloordiv and or xor invert abs bool float int
-    complex index array contains setitem setstate reversed imatmul ipow ifloordiv imod""".split()
-for _name in _OPERATORS:
-    if hasattr(torch.Tensor, f"__{_name}__") and _name != "setstate":
+_OPERATORS = (
+    "eq ne lt le gt ge matmul rmatmul imatmul pow rpow ipow mod rmod imod floordiv rfloordiv ifloordiv and or xor invert",
+    "abs bool float int complex index array contains setitem reversed",
+)
+for _name in " ".join(_OPERATORS).split():
+    if hasattr(torch.Tensor, f"__{_name}__"):
         setattr(StandIn, f"__{_name}__", _dense_operator(f"__{_name}__"))
 
 

@@ -1,0 +1,511 @@
+"""Lazy logits against the real ones: every recorded operation, every answer, and what is not understood."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from xhead.lazy import LazyLogits
+from xhead.standin import MaterializedWarning
+
+ROWS, CLASSES, WIDTH = (2, 5), 11, 7
+
+
+class Pair:
+    """Lazy logits and the stock computation on the same leaves."""
+
+    def __init__(self, dtype=torch.float64, bias=True, **options):
+        self.hidden = torch.randn(*ROWS, WIDTH, dtype=dtype, requires_grad=True)
+        self.weight = torch.randn(CLASSES, WIDTH, dtype=dtype, requires_grad=True)
+        self.bias = torch.randn(CLASSES, dtype=dtype, requires_grad=True) if bias else None
+        self.vector = torch.randn(CLASSES, dtype=dtype, requires_grad=True)
+        self.number = torch.tensor(1.7, dtype=dtype, requires_grad=True)
+        self.lazy = LazyLogits(self.hidden, self.weight, self.bias, **options)
+        dense = F.linear(self.hidden, self.weight, self.bias) * options.get("scale", 1.0)
+        softcap = options.get("softcap")
+        self.dense = dense if softcap is None else softcap * torch.tanh(dense / softcap)
+
+    def leaves(self):
+        return [t for t in (self.hidden, self.weight, self.bias, self.vector, self.number) if t is not None]
+
+    def gradients(self, value, create_graph=False):
+        return torch.autograd.grad(
+            value, self.leaves(), allow_unused=True, retain_graph=True, create_graph=create_graph
+        )
+
+
+def loss_of(logits, **options):
+    target = torch.arange(logits.shape[:-1].numel()) % logits.shape[-1]
+    target[1] = -100
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target, **options)
+
+
+def assert_same_loss(pair, lazy, dense, **options):
+    assert isinstance(lazy, LazyLogits)
+    assert lazy.shape == dense.shape
+    assert lazy.dtype == dense.dtype
+    actual, expected = loss_of(lazy, **options), loss_of(dense, **options)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(pair.gradients(actual.sum()), pair.gradients(expected.sum()))
+    record = lazy._record
+    assert (record.cut, record.materialized) == (1, 0)
+    torch.testing.assert_close(lazy.materialize(), dense)
+
+
+STEPS = {
+    "none": lambda o, p: o,
+    "mul": lambda o, p: o * 0.3,
+    "rmul": lambda o, p: 0.3 * o,
+    "div": lambda o, p: o / 3,
+    "neg": lambda o, p: -o,
+    "softcap": lambda o, p: torch.tanh(o / 2.0) * 2.0,
+    "softcap method": lambda o, p: (o / 2.0).tanh() * 2.0,
+    "softcap functional": lambda o, p: F.tanh(o / 2.0) * 2.0,
+    "scale, then softcap": lambda o, p: 30 * torch.tanh(o * 0.5 / 30),
+    "negative softcap": lambda o, p: -3.0 * torch.tanh(o / 2.0),
+    "uneven softcap": lambda o, p: torch.tanh(o / 3.0) * 5.0 / 2.0,
+    "add vector": lambda o, p: o + p.vector,
+    "radd vector": lambda o, p: p.vector + o,
+    "add row vector": lambda o, p: o + p.vector[None, None],
+    "sub vector": lambda o, p: o - p.vector,
+    "rsub vector": lambda o, p: p.vector - o,
+    "scale, then vector": lambda o, p: o * 0.5 + p.vector,
+    "vector, then scale": lambda o, p: (o + p.vector) * 0.5,
+    "vector, then softcap": lambda o, p: 4 * torch.tanh((o + p.vector) / 4),
+    "add number": lambda o, p: o + 1.5,
+    "mul by a scalar tensor": lambda o, p: o * p.number,
+    "mul by a tensor of one": lambda o, p: o * p.number.reshape(1, 1),
+    "div by a scalar tensor": lambda o, p: o / p.number.exp(),
+    "torch.mul": lambda o, p: torch.mul(o, 2.0),
+    "torch.div": lambda o, p: torch.div(o, 2.0),
+    "torch.add": lambda o, p: torch.add(o, p.vector),
+    "float": lambda o, p: o.float().double(),
+    "to": lambda o, p: o.to(torch.float64).to("cpu").type_as(p.vector).type(torch.float64),
+    "contiguous": lambda o, p: o.contiguous().clone(),
+    "view": lambda o, p: o.view(-1, CLASSES),
+    "view last": lambda o, p: o.view(10, -1),
+    "view tuple": lambda o, p: o.view((5, 2, CLASSES)),
+    "reshape": lambda o, p: o.reshape(-1, o.shape[-1]),
+    "reshape size": lambda o, p: o.reshape(o.size()),
+    "flatten": lambda o, p: o.flatten(0, 1),
+    "torch.flatten": lambda o, p: torch.flatten(o, 0, -2),
+    "shift": lambda o, p: o[:, :-1],
+    "shift ellipsis": lambda o, p: o[..., :-1, :],
+    "shift contiguous": lambda o, p: o[..., 1:, :].contiguous(),
+    "steps of rows": lambda o, p: o[:, ::2, :],
+    "row": lambda o, p: o[0],
+    "rows by index": lambda o, p: o[:, torch.tensor([0, 2, 4])],
+    "rows by list": lambda o, p: o[:, [0, 2, 4]],
+    "rows by mask": lambda o, p: o[torch.tensor([[True, False, True, True, False], [True] * 5])],
+    "new axis": lambda o, p: o[None],
+    "columns": lambda o, p: o[..., :8],
+    "columns of columns": lambda o, p: o[..., 2:][..., 1:7],
+    "columns after a vector": lambda o, p: (o + p.vector)[:, :, 3:-1],
+    "vector after columns": lambda o, p: o[..., 3:] + p.vector[3:],
+    "unsqueeze": lambda o, p: o.unsqueeze(0).squeeze(0),
+    "unsqueeze inside": lambda o, p: o.unsqueeze(-2),
+    "squeeze last": lambda o, p: o.squeeze(-1),
+    "transpose rows": lambda o, p: o.transpose(0, 1),
+    "narrow": lambda o, p: o.narrow(1, 1, 3),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_recorded_steps(name):
+    pair = Pair()
+    assert_same_loss(pair, STEPS[name](pair.lazy, pair), STEPS[name](pair.dense, pair))
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"scale": 0.25}, {"softcap": 3.0, "scale": -2.0}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_constructor(options, bias):
+    pair = Pair(bias=bias, **options)
+    assert pair.lazy.scale == pytest.approx(options.get("scale", 1.0))
+    assert pair.lazy.softcap == options.get("softcap")
+    assert_same_loss(pair, pair.lazy, pair.dense)
+
+
+def test_scale_of_softcap_is_exact():
+    lazy = Pair(bias=False).lazy
+    for cap in (30.0, 49.0, 0.1):
+        capped = torch.tanh(lazy / cap) * cap
+        assert (capped.scale, capped.softcap) == (1.0, cap)
+
+
+REPLAYED = {
+    "vector after tanh": lambda o, p: torch.tanh(o) + p.vector,
+    "two caps": lambda o, p: torch.tanh(torch.tanh(o) * 2),
+    "per-class factors": lambda o, p: o * p.vector,
+    "clamp": lambda o, p: o.clamp(-1.0, 1.0),
+    "sigmoid": lambda o, p: torch.sigmoid(o) * 3,
+    "relu": lambda o, p: F.relu(o + p.vector),
+    "number times zero": lambda o, p: o * 0.0 + p.vector,
+    "scalar after tanh": lambda o, p: torch.tanh(o) * p.number,
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_other_steps_are_replayed(name, monkeypatch):
+    monkeypatch.setattr("xhead.replay.BLOCK_BYTES", 3 * 4 * CLASSES)  # three rows at a time
+    pair = Pair()
+    lazy = REPLAYED[name](pair.lazy, pair)
+    with pytest.warns(MaterializedWarning, match="replayed row block by row block"):
+        assert_same_loss(pair, lazy, REPLAYED[name](pair.dense, pair))
+    with pytest.raises(RuntimeError, match="ask for .statistics"):
+        _ = lazy.scale
+
+
+def test_replay_needs_memory_for_a_block_only(monkeypatch):
+    monkeypatch.setattr("xhead.replay.BLOCK_BYTES", 8 * 4 * 1000)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(value, torch.Tensor) and value.shape[-1:] == (1000,):
+                    largest = max(largest, value.numel())
+            return out
+
+    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    lazy = LazyLogits(hidden, weight).clamp(-1, 1)
+    with Watch(), pytest.warns(MaterializedWarning):
+        F.cross_entropy(lazy, torch.arange(64)).backward()
+    assert 0 < largest <= 8 * 1000
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_cross_entropy(reduction, weighted, label_smoothing, ignore_index):
+    pair = Pair()
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    options["weight"] = torch.rand(CLASSES, dtype=torch.float64) + 0.1 if weighted else None
+    target = torch.tensor([0, 3, 10, 5, 3, 1, 2, 9, 8, 7])
+    actual = F.cross_entropy(pair.lazy.view(-1, CLASSES), target, **options)
+    module = nn.CrossEntropyLoss(**options)(pair.lazy.view(-1, CLASSES), target)
+    expected = F.cross_entropy(pair.dense.view(-1, CLASSES), target, **options)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(module, expected)
+    torch.testing.assert_close(pair.gradients(actual.sum()), pair.gradients(expected.sum()))
+    assert pair.lazy._record.materialized == 0
+
+
+def test_cross_entropy_of_one_row():
+    pair = Pair()
+    for reduction in ("mean", "none"):
+        actual = F.cross_entropy(pair.lazy[0, 0], torch.tensor(4), reduction=reduction)
+        torch.testing.assert_close(actual, F.cross_entropy(pair.dense[0, 0], torch.tensor(4), reduction=reduction))
+
+
+def test_all_rows_ignored():
+    pair = Pair()
+    target = torch.full((10,), -100)
+    assert F.cross_entropy(pair.lazy.view(-1, CLASSES), target).isnan()
+    total = F.cross_entropy(pair.lazy.view(-1, CLASSES), target, reduction="sum")
+    assert total == 0
+    for gradient in pair.gradients(total)[:3]:
+        assert gradient is not None
+        assert not gradient.any()
+
+
+def test_ignored_rows_leave_before_the_projection():
+    seen = []
+
+    class Spy:
+        out_features = CLASSES
+
+        def consume(self, hidden, function):
+            seen.append(hidden.shape)
+            return function(hidden, weight, None)
+
+        def trains(self):
+            return True
+
+    from xhead.standin import Record
+
+    weight = torch.randn(CLASSES, WIDTH, requires_grad=True)
+    lazy = LazyLogits.deferred(torch.randn(6, WIDTH), Spy(), Record())
+    F.cross_entropy(lazy, torch.tensor([1, -100, -100, 2, -100, 3]))
+    assert seen == [(3, WIDTH)]
+
+
+def test_log_softmax_as_label_smoothing_asks_it():
+    pair = Pair()
+    index = torch.randint(0, CLASSES, (*ROWS, 1))
+    for lazy, dense in (
+        (-F.log_softmax(pair.lazy, dim=-1), -F.log_softmax(pair.dense, dim=-1)),
+        (pair.lazy.log_softmax(-1), pair.dense.log_softmax(-1)),
+        (torch.log_softmax(pair.lazy, -1, torch.float64), pair.dense.log_softmax(-1)),
+    ):
+        assert (lazy.shape, lazy.dtype, lazy.dim()) == (dense.shape, dense.dtype, 3)
+        picked, total = lazy.gather(dim=-1, index=index), lazy.sum(dim=-1, keepdim=True, dtype=torch.float32)
+        torch.testing.assert_close(picked, dense.gather(-1, index))
+        torch.testing.assert_close(total, dense.sum(-1, keepdim=True, dtype=torch.float32))
+        value, expected = picked.sum() + total.double().sum(), dense.gather(-1, index).sum() + dense.sum()
+        torch.testing.assert_close(pair.gradients(value), pair.gradients(expected), rtol=1e-5, atol=1e-5)
+    assert pair.lazy._record.materialized == 0
+
+
+def test_other_answers():
+    pair = Pair()
+    index = torch.randint(0, CLASSES, (*ROWS, 1))
+    pairs = {
+        "logsumexp": (torch.logsumexp(pair.lazy, -1), torch.logsumexp(pair.dense, -1)),
+        "logsumexp method": (pair.lazy.logsumexp(-1, keepdim=True), pair.dense.logsumexp(-1, keepdim=True)),
+        "gather": (torch.gather(pair.lazy, -1, index), torch.gather(pair.dense, -1, index)),
+        "gather method": (pair.lazy.gather(-1, index), pair.dense.gather(-1, index)),
+        "argmax": (pair.lazy.argmax(-1), pair.dense.argmax(-1)),
+        "torch.argmax": (torch.argmax(pair.lazy, dim=-1, keepdim=True), pair.dense.argmax(-1, keepdim=True)),
+    }
+    for actual, expected in pairs.values():
+        torch.testing.assert_close(actual, expected)
+    assert pair.lazy._record.materialized == 0
+
+
+def test_statistics():
+    pair = Pair(softcap=2.0, scale=0.5)
+    target = torch.randint(0, CLASSES, ROWS)
+    found = pair.lazy.statistics("lse", "target", "mean", "entropy", "argmax", target=target)
+    torch.testing.assert_close(found.lse, pair.dense.logsumexp(-1))
+    torch.testing.assert_close(found.target, pair.dense.gather(-1, target[..., None])[..., 0])
+    torch.testing.assert_close(found.mean, pair.dense.mean(-1))
+    torch.testing.assert_close(found.entropy, torch.distributions.Categorical(logits=pair.dense).entropy())
+    torch.testing.assert_close(found.argmax, pair.dense.argmax(-1))
+    assert found.variance is None
+    with pytest.raises(ValueError, match="unknown statistic 'median'"):
+        pair.lazy.statistics("median")
+
+
+MATERIALIZED = {
+    "softmax": lambda o, p: o.softmax(-1),
+    "F.softmax": lambda o, p: F.softmax(o, dim=-1),
+    "matmul": lambda o, p: o @ torch.ones(CLASSES, 2, dtype=torch.float64),
+    "comparison": lambda o, p: o > 0,
+    "equality": lambda o, p: o == 0,
+    "where": lambda o, p: torch.where(p.dense > 0, o, 0.0),
+    "cat": lambda o, p: torch.cat([p.dense, o]),
+    "stack of lists": lambda o, p: torch.stack((o, o)),
+    "row factors": lambda o, p: o * torch.arange(2.0)[:, None, None],
+    "full-size sum": lambda o, p: o + torch.ones(*ROWS, CLASSES),
+    "tensor minus": lambda o, p: p.dense - o,
+    "power": lambda o, p: o**2,
+    "reciprocal": lambda o, p: 1 / o,
+    "one class": lambda o, p: o[..., 3],
+    "every other class": lambda o, p: o[..., ::2],
+    "classes by index": lambda o, p: o[..., torch.tensor([1, 2])],
+    "axis behind": lambda o, p: o[..., None],
+    "flat": lambda o, p: o.view(-1),
+    "other last dimension": lambda o, p: o.reshape(CLASSES, -1),
+    "transpose": lambda o, p: o.transpose(1, 2),
+    "mT": lambda o, p: o.mT,
+    "gather two": lambda o, p: o.gather(-1, torch.zeros(*ROWS, 2, dtype=torch.long)),
+    "log_softmax elsewhere": lambda o, p: F.log_softmax(o, dim=0),
+    "max": lambda o, p: o.max(-1).values,
+    "alpha": lambda o, p: torch.add(o, p.dense, alpha=2),
+    "out": lambda o, p: torch.tanh(o.detach(), out=torch.empty(*ROWS, CLASSES, dtype=torch.float64)),
+    "integers": lambda o, p: o.detach().long(),
+    "list": lambda o, p: torch.tensor(o.tolist(), dtype=torch.float64),
+    "numpy": lambda o, p: torch.from_numpy(o.detach().numpy()),
+    "soft targets": lambda o, p: F.cross_entropy(o.view(-1, CLASSES), torch.full((10, CLASSES), 1 / CLASSES).double()),
+    "classes in the middle": lambda o, p: F.cross_entropy(o.transpose(1, 2), torch.zeros(ROWS, dtype=torch.long)),
+}
+
+
+@pytest.mark.parametrize("name", MATERIALIZED)
+def test_what_is_not_understood_builds_the_logits(name):
+    pair = Pair()
+    with pytest.warns(MaterializedWarning, match="were built") as caught:
+        actual = MATERIALIZED[name](pair.lazy, pair)
+    assert len(caught) == 1
+    expected = MATERIALIZED[name](pair.dense, pair)
+    torch.testing.assert_close(actual, expected)
+    if expected.requires_grad:
+        torch.testing.assert_close(pair.gradients(actual.sum()), pair.gradients(expected.sum()))
+    assert pair.lazy._record.materialized == 1
+
+
+def test_log_probabilities_that_are_not_understood():
+    pair = Pair()
+    with pytest.warns(MaterializedWarning, match="`exp` needs the logits themselves"):
+        probabilities = F.log_softmax(pair.lazy, -1).exp()
+    torch.testing.assert_close(probabilities, pair.dense.softmax(-1))
+
+
+def test_materialized_once():
+    pair = Pair()
+    with pytest.warns(MaterializedWarning):
+        first = pair.lazy.softmax(-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(pair.lazy.softmax(-1), first)
+        assert isinstance(pair.lazy * 2, torch.Tensor)
+        torch.testing.assert_close(loss_of(pair.lazy), loss_of(pair.dense))
+    assert pair.lazy._record.materialized == 1
+    assert pair.lazy._record.operations == {"softmax": 1}
+
+
+IN_PLACE = {
+    "setitem": lambda o: o.__setitem__((..., 3), -1e4),
+    "masked_fill_": lambda o: o.masked_fill_(torch.arange(CLASSES) > 5, -1e4),
+    "mul_": lambda o: o.mul_(3.0),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_writes_are_seen_afterwards(name):
+    pair = Pair()
+    lazy, dense = pair.lazy * 1.0, pair.dense * 1.0
+    with pytest.warns(MaterializedWarning):
+        IN_PLACE[name](lazy)
+    IN_PLACE[name](dense)
+    torch.testing.assert_close(loss_of(lazy), loss_of(dense))
+    torch.testing.assert_close(pair.gradients(loss_of(lazy)), pair.gradients(loss_of(dense)))
+
+
+def test_augmented_assignment():
+    pair = Pair()
+    lazy, dense = pair.lazy, pair.dense.clone()
+    same = lazy
+    for logits in (lazy, dense):
+        logits /= 3.0  # noqa: PLW2901
+        logits *= 2.0  # noqa: PLW2901
+        logits += pair.vector  # noqa: PLW2901
+        logits -= 1.0  # noqa: PLW2901
+    assert_same_loss(pair, same, dense)
+
+
+def test_questions_without_values():
+    lazy = Pair(dtype=torch.float32).lazy
+    assert lazy.shape == lazy.size() == torch.Size((*ROWS, CLASSES))
+    assert lazy.size(-1) == CLASSES
+    assert lazy.ndim == lazy.dim() == 3
+    assert lazy.numel() == torch.numel(lazy) == 110
+    assert lazy.is_floating_point() is torch.is_floating_point(lazy) is True
+    assert not lazy.is_complex()
+    assert (lazy.dtype, lazy.device, lazy.layout) == (torch.float32, torch.device("cpu"), torch.strided)
+    assert (lazy.itemsize, lazy.nbytes, lazy.element_size()) == (4, 440, 4)
+    assert lazy.requires_grad
+    assert not lazy.detach().requires_grad
+    assert lazy.grad is None
+    assert len(lazy) == 2
+    assert [row.shape for row in lazy] == [(5, CLASSES)] * 2
+    assert repr(lazy) == "LazyLogits(shape=(2, 5, 11), dtype=torch.float32, device='cpu')"
+    assert lazy.is_contiguous()
+    assert not lazy.is_cuda
+    assert hash(lazy) == hash(lazy)
+    assert not hasattr(lazy, "keys")
+    assert lazy._record.materialized == 0
+
+
+def test_detached_logits_have_no_gradient():
+    pair = Pair()
+    loss = F.cross_entropy(pair.lazy.detach().view(-1, CLASSES), torch.zeros(10, dtype=torch.long))
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_linear_does(cast):
+    hidden, weight = torch.randn(6, WIDTH, requires_grad=True), torch.randn(CLASSES, WIDTH, requires_grad=True)
+    target = torch.arange(6)
+    with torch.autocast("cpu", cast):
+        lazy, dense = LazyLogits(hidden, weight), F.linear(hidden, weight)
+        assert lazy.dtype == dense.dtype == cast
+        actual, expected = F.cross_entropy(lazy, target), F.cross_entropy(dense, target)
+        assert actual.dtype == expected.dtype == torch.float32
+    # Taken outside autocast, after `.float()`: still the product of what the projection was given in `cast`.
+    exact = F.cross_entropy(hidden.to(cast).float() @ weight.to(cast).float().T, target)
+    torch.testing.assert_close(actual, exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(F.cross_entropy(lazy.float(), target), exact, rtol=1e-6, atol=1e-6)
+    got, wanted = (torch.autograd.grad(value, (hidden, weight)) for value in (actual, exact))
+    torch.testing.assert_close(got, wanted, rtol=3e-2, atol=2e-3)
+    torch.testing.assert_close(lazy.materialize(), dense)
+
+
+def test_bfloat16_loss_has_the_dtype_of_the_stock_one():
+    hidden, weight = torch.randn(6, WIDTH).bfloat16(), torch.randn(CLASSES, WIDTH).bfloat16()
+    lazy = LazyLogits(hidden, weight)
+    assert F.cross_entropy(lazy, torch.arange(6)).dtype == torch.bfloat16
+    assert F.cross_entropy(lazy.float(), torch.arange(6)).dtype == torch.float32
+
+
+def test_sum_of_two_projections_is_one():
+    hidden, low = torch.randn(6, WIDTH, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    weight, up = torch.randn(CLASSES, WIDTH, requires_grad=True), torch.randn(CLASSES, 2, requires_grad=True)
+    bias = torch.randn(CLASSES, requires_grad=True)
+    leaves = (hidden, low, weight, up, bias)
+    lazy = LazyLogits(hidden, weight, bias) + LazyLogits(low, up) * 0.5
+    dense = F.linear(hidden, weight, bias) + F.linear(low, up) * 0.5
+    for change in (lambda o: o, lambda o: torch.tanh(o / 3) * 3, lambda o: o[2:, :7]):
+        actual, expected = loss_of(change(lazy)), loss_of(change(dense))
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, leaves, retain_graph=True),
+            torch.autograd.grad(expected, leaves, retain_graph=True),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    assert lazy._record.materialized == 0
+    torch.testing.assert_close(lazy.materialize(), dense)
+
+
+def test_sum_of_capped_logits_is_built():
+    pair, other = Pair(), Pair()
+    with pytest.warns(MaterializedWarning):
+        total = torch.tanh(pair.lazy) + other.lazy
+    torch.testing.assert_close(total, torch.tanh(pair.dense) + other.dense)
+
+
+def test_not_finite_hidden_states_give_nan():
+    hidden, weight = torch.randn(3, WIDTH), torch.randn(CLASSES, WIDTH)
+    hidden[1, 2] = float("nan")
+    assert F.cross_entropy(LazyLogits(hidden, weight), torch.arange(3)).isnan()
+
+
+def test_double_backward():
+    pair = Pair()
+    first, expected = (pair.gradients(loss_of(o), create_graph=True)[0] for o in (pair.lazy, pair.dense))
+    for a, b in zip(pair.gradients(first.square().sum()), pair.gradients(expected.square().sum()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_copy_and_pickle():
+    lazy = LazyLogits(torch.randn(3, WIDTH), torch.randn(CLASSES, WIDTH)) * 2.0
+    for other in (copy.copy(lazy), copy.deepcopy(lazy), pickle.loads(pickle.dumps(lazy))):
+        torch.testing.assert_close(other.materialize(), lazy.materialize())
+
+
+def test_misuse():
+    hidden, weight = torch.randn(4, WIDTH), torch.randn(CLASSES, WIDTH)
+    with pytest.raises(TypeError, match=r"hidden must be a torch\.Tensor, got list"):
+        LazyLogits([1.0], weight)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"hidden must be \(\.\.\., D\).*\(4, 7\) and \(7, 11\)"):
+        LazyLogits(hidden, weight.T)
+    with pytest.raises(RuntimeError, match=r"bias must have shape \(11,\), got \(7,\)"):
+        LazyLogits(hidden, weight, torch.zeros(WIDTH))
+    with pytest.raises(ValueError, match="softcap must be a positive number or None, got -1"):
+        LazyLogits(hidden, weight, softcap=-1)
+    with pytest.raises(TypeError, match="scale must be a number"):
+        LazyLogits(hidden, weight, scale=torch.ones(()))  # type: ignore[arg-type]
+    lazy = LazyLogits(hidden, weight)
+    with pytest.raises(ValueError, match=r"target must have shape \(4,\), one class a row of the logits, got \(3,\)"):
+        F.cross_entropy(lazy, torch.zeros(3, dtype=torch.long))
+    with pytest.raises(IndexError, match="target 11 is out of bounds"):
+        F.cross_entropy(lazy, torch.tensor([0, 11, 1, 2]))
+    with pytest.raises(IndexError, match="target -1 is out of bounds"):
+        F.cross_entropy(lazy, torch.tensor([0, -1, 1, 2]))
+    with pytest.raises(RuntimeError, match=r"expected target dtype to be Long or Byte, but got torch\.int32"):
+        F.cross_entropy(lazy, torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match='reduction must be "mean", "sum" or "none", got \'max\''):
+        F.cross_entropy(lazy, torch.zeros(4, dtype=torch.long), reduction="max")
+    with pytest.raises(RuntimeError, match="same floating dtype"):
+        F.cross_entropy(LazyLogits(hidden.double(), weight), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(AttributeError, match="no attribute 'logit'|has no attribute 'wrong'"):
+        _ = lazy.wrong
