@@ -237,15 +237,14 @@ def test_bad_data_is_a_clear_error(
 
 
 def test_vocabulary_counts_as_the_benchmark_does() -> None:
-    lines = ["b b b a a a a", "c c a b", "<unk> d", "<S> a é\u00a0é </S>"]
+    lines = ["b b b a a a a", "c c a e e e", "<unk> d", "<S> a é\u00a0é </S>"]
     vocabulary = Vocabulary.build(lines, min_count=3)
-    # 6 a, 4 b; <UNK> holds 2 c, 1 d, 1 <unk> and the word with the no-break space; 4 sentences
-    expected = {"a": 6, "<UNK>": 5, "b": 4, "</S>": 4, "<S>": 4}
+    # <UNK> holds 2 c, 1 d, 1 <unk> and the word with the no-break space; there are 4 sentences
+    expected = {"a": 6, "<UNK>": 5, "</S>": 4, "<S>": 4, "b": 3, "e": 3}
     assert dict(zip(vocabulary.words, vocabulary.counts or [], strict=True)) == expected
     assert vocabulary.counts == sorted(vocabulary.counts or [], reverse=True)
-    assert sum(len(line.split()) for line in lines[:3]) + 2 == 6 + 5 + 4
     decoded = [[vocabulary.words[number] for number in vocabulary.encode(line)] for line in lines]
-    assert decoded[1] == ["<UNK>", "<UNK>", "a", "b"]
+    assert decoded[1] == ["<UNK>", "<UNK>", "a", "e", "e", "e"]
     assert decoded[3] == ["a", "<UNK>"]
     assert vocabulary.encode("a <S> a") == [vocabulary.ids["a"], vocabulary.unknown, vocabulary.ids["a"]]
 
@@ -335,11 +334,14 @@ def test_every_token_but_the_first_of_a_sentence_is_predicted_once(
     sentence_of = {
         int(token): number for number, length in enumerate(lengths) for token in tokens[starts[number] :][:length]
     }
+    first_tokens = set(tokens[starts[:-1]].tolist())
     predicted: list[int] = []
     for index in range(len(blocks)):
         ids, labels, positions = (blocks[index][name].tolist() for name in ("input_ids", "labels", "position_ids"))
         assert len(ids) == len(labels) == len(positions) == block_length
         assert labels[0] == IGNORED
+        assert positions[0] == 0
+        assert all(positions[place] == 0 for place in range(block_length) if ids[place] in first_tokens)
         for place in range(block_length):
             if labels[place] == IGNORED:
                 continue
@@ -348,7 +350,7 @@ def test_every_token_but_the_first_of_a_sentence_is_predicted_once(
             assert positions[place] == positions[place - 1] + 1  # which is of the same piece
             assert sentence_of[ids[place]] == sentence_of[ids[place - 1]]
             predicted.append(labels[place])
-    assert sorted(predicted) == sorted(set(tokens.tolist()) - set(tokens[starts[:-1]].tolist()))
+    assert sorted(predicted) == sorted(set(tokens.tolist()) - first_tokens)
     assert blocks.predicted == len(predicted)
     if max(lengths) <= block_length:
         assert blocks.predicted == Encoded(tokens, starts).predicted
@@ -460,12 +462,22 @@ class KilledAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("step", [3, 8])
-def test_a_killed_run_goes_on_to_the_same_losses(text_folder: Path, tmp_path: Path, step: int) -> None:
+class Steps(TrainerCallback):
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.taken.append(state.global_step)
+
+
+@pytest.mark.parametrize(("step", "checkpoint"), [(3, 0), (8, 5)])
+def test_a_killed_run_goes_on_to_the_same_losses(text_folder: Path, tmp_path: Path, step: int, checkpoint: int) -> None:
     whole = run(*parse_options(command(text_folder, tmp_path / "whole")))
     with pytest.raises(KeyboardInterrupt):
         run(*parse_options(command(text_folder, tmp_path / "cut")), callbacks=[KilledAt(step)])
-    resumed = run(*parse_options(command(text_folder, tmp_path / "cut", "--resume")))
+    steps = Steps()
+    resumed = run(*parse_options(command(text_folder, tmp_path / "cut", "--resume")), callbacks=[steps])
+    assert steps.taken == list(range(checkpoint + 1, 13))
     assert resumed["steps"] == 12
     assert [place for place, _ in losses(resumed)] == [place for place, _ in losses(whole)]
     np.testing.assert_allclose([x for _, x in losses(resumed)], [x for _, x in losses(whole)], rtol=0, atol=1e-6)
