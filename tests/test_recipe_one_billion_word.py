@@ -479,6 +479,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(text_folder: Path, tmp_path: Pa
     resumed = run(*parse_options(command(text_folder, tmp_path / "cut", "--resume")), callbacks=[steps])
     assert steps.taken == list(range(checkpoint + 1, 13))
     assert resumed["steps"] == 12
+    assert [place for place, _ in losses(whole)] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
     assert [place for place, _ in losses(resumed)] == [place for place, _ in losses(whole)]
     np.testing.assert_allclose([x for _, x in losses(resumed)], [x for _, x in losses(whole)], rtol=0, atol=1e-6)
     assert resumed["test"] == pytest.approx(whole["test"], abs=1e-5)

@@ -33,7 +33,9 @@ class ExactValidation(TrainerCallback):
             batch_size=args.per_device_eval_batch_size,
             progress=None if args.disable_tqdm or not state.is_local_process_zero else "validating",
         )
+        should_log = control.should_log
         self.trainer.log({"valid_loss": measured.loss, "valid_perplexity": measured.perplexity})
+        control.should_log = should_log  # logging clears it, and the training loss of this step is logged next
 
 
 class StepTimer(TrainerCallback):
