@@ -251,8 +251,14 @@ def plot(runs: list[dict], title: str, path: Path) -> None:
             points.setdefault(step, []).append(loss)
         means = [statistics.mean(values) for values in points.values()]
         axes.plot(list(points), means, styles[name], color=colors[exponent], label=label(setting), linewidth=1.3)
-    best = min((loss for run in runs for _, loss in run["curve"]), default=0.0)
-    axes.set(xlabel="step", ylabel="validation loss (exact)", title=title, ylim=(best - 0.1, best + 2.5))
+    losses = [loss for run in runs for _, loss in run["curve"]] or [0.0]
+    best = min(losses)  # what diverges leaves the picture, so that the others can be told apart
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss (exact)",
+        title=title,
+        ylim=(best - 0.1, min(best + 2.5, max(losses) + 0.1)),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of their own inside each would only wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# The same examples each time, and no time limit on one: a busy machine must not fail a test.
+hypothesis.settings.register_profile("xhead", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("xhead")
 
 
 @pytest.fixture(autouse=True)
