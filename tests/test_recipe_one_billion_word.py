@@ -586,7 +586,7 @@ def side(loss: str, train: float, valid: float, peak: int) -> dict:
         "valid": {"loss": valid},
         "loss_memory_bytes": {"peak": peak, "gradients": 10_000_000, "logits": 100_000_000},
         "process_peak_bytes": 500_000_000,
-        "seconds_per_step_median": 0.5,
+        "seconds_per_step_in_turn_median": 0.5,
     }
 
 

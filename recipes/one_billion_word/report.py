@@ -41,6 +41,8 @@ def summarize(data: Data, model: PreTrainedModel, loss: str, trainer: Trainer, s
     """
     history = trainer.state.log_history
     train_losses = [entry["loss"] for entry in history if "loss" in entry]
+    if not train_losses:  # fewer steps than --logging_steps: the Trainer's own mean over all of them
+        train_losses = [entry["train_loss"] for entry in history if "train_loss" in entry]
     last = max(1, len(train_losses) // 10)
     valid = next((entry for entry in reversed(history) if "valid_loss" in entry), {})
     training = trainer.args
