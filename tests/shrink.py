@@ -33,8 +33,10 @@ ADJUSTED = {"hidden_act"}
 
 def shrink(config: Any) -> Any:
     """A tiny configuration of the same class."""
-    values = config.to_dict()
-    return type(config)(**tiny_values(values))
+    tiny = type(config)(**tiny_values(config.to_dict()))
+    if tiny.is_encoder_decoder and getattr(tiny, "decoder_start_token_id", None) is None:
+        tiny.decoder_start_token_id = 1
+    return tiny
 
 
 def tiny_values(values: dict[str, Any]) -> dict[str, Any]:

@@ -174,6 +174,18 @@ class LazyLogProbs(StandIn):
         return self.neg()
 
     @recorded
+    def nll_loss(
+        self, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"
+    ):
+        """`F.nll_loss(F.log_softmax(logits, -1), target)` is `F.cross_entropy(logits, target)`."""
+        if self._sign != 1:
+            return NotImplemented
+        loss = cross_entropy(
+            self._logits.to(self.dtype), target, weight, size_average, ignore_index, reduce, reduction
+        )
+        return loss
+
+    @recorded
     def gather(self, dim, index, *, sparse_grad=False):
         if not _one_class_a_row(self, dim, index):
             return NotImplemented

@@ -122,12 +122,13 @@ def _check_linear(head: Any) -> None:
 
 
 def claim(linears: list[nn.Linear], patch: HeadPatch) -> None:
-    """Swap the class of each layer to `CutLinear`. Layers that have it are left alone."""
+    """Swap the class of each layer to `CutLinear`, and let all of them share one patch (adapters copy the head's)."""
     for linear in linears:
         if not isinstance(linear, CutLinear):
             linear.__class__ = CutLinear
-            linear.xhead_patch = patch  # type: ignore[assignment]
             _rebind(linear, CutLinear.forward)
+        if vars(linear).get("xhead_patch") is not patch:
+            linear.xhead_patch = patch  # type: ignore[assignment]
 
 
 def release(linears: list[CutLinear]) -> None:
