@@ -206,6 +206,20 @@ def test_split_sentences() -> None:
     assert list(split_sentences(text)) == ["First one .", '" Second " one ! still second', "Third Stop"]
 
 
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(RecipeError, match=r"need pyarrow: pip install 'xhead\[data\]'"):
+        list(load_corpus(str(tmp_path)).lines("train"))
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="parquet needs the extra `data`")
+    (tmp_path / "train.parquet").write_bytes(b"not parquet, though it is called so")
+    with pytest.raises(RecipeError, match=r"train\.parquet cannot be read as parquet"):
+        list(load_corpus(str(tmp_path)).lines("train"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ def hub_corpus(name: str, forms: str) -> Corpus:
     Raises:
         RecipeError: it cannot be loaded. Script datasets such as lm1b itself are refused by datasets >= 4.
     """
-    import datasets
-
+    datasets = _module("datasets")
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:
@@ -76,13 +76,11 @@ def _corpus(name: str, splits: Mapping[str, Lines], identity: str, one_in: int) 
 
 def _local_lines(files: Sequence[Path]) -> Lines:
     def stream() -> Iterator[str]:
-        import pyarrow
-        import pyarrow.parquet
-
+        parquet = _module("pyarrow.parquet")
         for file in files:
             try:
-                opened = pyarrow.parquet.ParquetFile(file)
-            except pyarrow.ArrowInvalid as error:
+                opened = parquet.ParquetFile(file)
+            except ValueError as error:  # what pyarrow's own error for broken files is derived from
                 raise RecipeError(f"{file} cannot be read as parquet: {error}") from error
             if COLUMN not in opened.schema_arrow.names:
                 raise RecipeError(f"{file} has the columns {opened.schema_arrow.names}; a column {COLUMN!r} is needed")
@@ -90,6 +88,13 @@ def _local_lines(files: Sequence[Path]) -> Lines:
                 yield from batch.column(0).to_pylist()
 
     return stream
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RecipeError(f"parquet and datasets need {name.split('.')[0]}: pip install 'xhead[data]'") from error
 
 
 def _dataset_lines(dataset: Any) -> Lines:
