@@ -1,0 +1,21 @@
+"""xhead: the output head of a language model, the projection to the vocabulary and the loss, without the logits."""
+
+from xhead.heads import list_heads
+from xhead.lazy import LazyLogits
+from xhead.losses import list_losses
+from xhead.losses.cross_entropy import linear_cross_entropy
+from xhead.patch import patch, status, unpatch
+from xhead.statistics import Statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LazyLogits",
+    "Statistics",
+    "linear_cross_entropy",
+    "list_heads",
+    "list_losses",
+    "patch",
+    "status",
+    "unpatch",
+]

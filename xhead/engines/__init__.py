@@ -1,0 +1,44 @@
+"""How statistics are computed. Each engine is a module with `eligible(problem) -> bool`, `forward` and `backward`.
+
+An engine's eligibility is a pure predicate on shapes, dtypes and devices; an eligible engine never fails half way.
+"""
+
+from types import ModuleType
+
+from xhead.engines import chunked, gram, reference
+from xhead.engines.problem import Problem
+
+_ENGINES: dict[str, ModuleType] = {"gram": gram, "chunked": chunked, "reference": reference}
+"""In the order in which `"auto"` asks them."""
+
+
+def names() -> list[str]:
+    """The engines by name, `"auto"` apart."""
+    return list(_ENGINES)
+
+
+def select(name: str, problem: Problem) -> str:
+    """The engine that serves the problem: the one named, or for `"auto"` the first that is eligible.
+
+    Raises ValueError for an unknown name, and for an engine that says it cannot serve this problem.
+    """
+    if problem.transform is not None:
+        if name not in ("auto", "reference"):
+            raise ValueError(f"engine {name!r} cannot transform logits that it does not build; use 'reference'")
+        return "reference"
+    if name == "auto":
+        return next(candidate for candidate, engine in _ENGINES.items() if engine.eligible(problem))
+    if name not in _ENGINES:
+        raise ValueError(f'unknown engine {name!r}; known are "auto", {", ".join(map(repr, _ENGINES))}')
+    if not _ENGINES[name].eligible(problem):
+        able = [other for other, engine in _ENGINES.items() if engine.eligible(problem)]
+        raise ValueError(
+            f"engine {name!r} cannot compute {', '.join(problem.names)} for {problem.hidden.dtype} on "
+            f"{problem.hidden.device.type} with softcap={problem.softcap}; these can: {', '.join(able)}"
+        )
+    return name
+
+
+def get(name: str) -> ModuleType:
+    """The engine's module."""
+    return _ENGINES[name]

@@ -1,0 +1,229 @@
+"""Rows and classes cut into tiles, the logits of one tile, and the running statistics of a block of rows."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from xhead.engines.gram import blocks
+from xhead.engines.problem import Problem, cap, column_rows
+
+
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    """Rows and classes of a tile: small enough for the cache of a core, large enough for a full-speed GEMM."""
+    return (512, 256) if device.type == "cpu" else (2048, 8192)
+
+
+class Rows:
+    """The rows that count, in their order; per-row tensors are compacted once, hidden states a block at a time."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        mask = problem.row_mask
+        self.index = None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
+        self.count = problem.rows if self.index is None else self.index.shape[0]
+
+    def take(self, vector: Tensor) -> Tensor:
+        """vector: (N, ...) -> (n, ...)"""
+        return vector if self.index is None else vector[self.index]
+
+    def hidden(self, start: int, stop: int) -> Tensor:
+        """Hidden states of the counted rows start to stop, in the accumulation dtype: (stop - start, D)."""
+        hidden = self.problem.hidden
+        block = hidden[start:stop] if self.index is None else hidden[self.index[start:stop]]
+        return block.to(self.problem.accumulate_dtype)
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """vector: (n, ...) -> (N, ...), 0 in the rows that do not count."""
+        if self.index is None:
+            return vector
+        full = vector.new_zeros(self.problem.rows, *vector.shape[1:])
+        return full.index_copy_(0, self.index, vector)
+
+    def columns(self) -> tuple[Tensor, Tensor] | None:
+        """The counted rows' sets of columns, as (row among the counted, column)."""
+        problem = self.problem
+        if problem.row_offsets is None or problem.columns is None:
+            return None
+        row, column = column_rows(problem.row_offsets), problem.columns
+        if problem.row_mask is None or self.index is None:
+            return row, column
+        counted = problem.row_mask[row]
+        position = problem.row_mask.cumsum(0) - 1
+        return position[row[counted]], column[counted]
+
+
+class Tiles:
+    """Logits of one tile at a time, in buffers that are used again.
+
+    With an `order`, class positions 0 to V stand for the classes `order[0]` to `order[V - 1]`.
+    """
+
+    def __init__(self, problem: Problem, rows: Rows, order: Tensor | None = None):
+        self.problem, self.rows, self.order = problem, rows, order
+        self.shape = tile_shape(problem.hidden.device)
+        height, width = min(self.shape[0], max(rows.count, 1)), min(self.shape[1], problem.vocabulary)
+        options = {"dtype": problem.accumulate_dtype, "device": problem.hidden.device}
+        self._logits = torch.empty(height * width, **options)
+        self._other = torch.empty(height * width, **options)
+        sets = rows.columns()
+        self.target = None if problem.target is None else rows.take(problem.target)
+        if order is not None and self.target is not None:
+            position = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+            self.target = position[self.target]
+        self.set_row, self.set_column = (None, None) if sets is None else sets
+
+    def row_blocks(self) -> Iterator[tuple[int, int]]:
+        return blocks(self.rows.count, size=self.shape[0])
+
+    def class_blocks(self) -> Iterator[tuple[int, int]]:
+        return blocks(self.problem.vocabulary, size=self.shape[1])
+
+    def classes(self, start: int, stop: int) -> slice | Tensor:
+        """What indexes the classes at positions start to stop in a tensor over the classes."""
+        return slice(start, stop) if self.order is None else self.order[start:stop]
+
+    def weight(self, start: int, stop: int) -> Tensor:
+        """(stop - start, D) in the accumulation dtype."""
+        return self.problem.weight[self.classes(start, stop)].to(self.problem.accumulate_dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor, start: int) -> Tensor:
+        """`cap(scale * (hidden @ weight.T + bias))`, valid until the next call.
+
+        hidden: (n, D), weight: (c, D), the classes from `start` on -> (n, c)
+        """
+        problem = self.problem
+        out = self._logits[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+        if problem.bias is None:
+            torch.mm(hidden, weight.T, out=out)
+        else:
+            bias = problem.bias[self.classes(start, start + weight.shape[0])].to(out.dtype)
+            torch.addmm(bias, hidden, weight.T, out=out)
+        if problem.scale != 1.0:
+            out.mul_(problem.scale)
+        return out if problem.softcap is None else out.div_(problem.softcap).tanh_().mul_(problem.softcap)
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """A second buffer of a tile's shape, valid until the next call."""
+        return self._other[: like.numel()].view_as(like)
+
+    def target_in(self, first: int, last: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """For rows first to last: which have their target in classes start to stop, and where in them (clamped)."""
+        assert self.target is not None
+        local = self.target[first:last] - start
+        inside = (local >= 0) & (local < stop - start)
+        return inside, local.clamp_(0, stop - start - 1)
+
+    def set_in(self, first: int, last: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The entries of the rows' column sets inside a tile, as (row, column) within it."""
+        assert self.set_row is not None and self.set_column is not None
+        inside = (self.set_row >= first) & (self.set_row < last)
+        inside &= (self.set_column >= start) & (self.set_column < stop)
+        return self.set_row[inside] - first, self.set_column[inside] - start
+
+
+class Running:
+    """Statistics of a block of rows as its tiles go by: each is merged with what came before and can be again."""
+
+    def __init__(self, tiles: Tiles, first: int, last: int):
+        self.tiles, self.first, self.last = tiles, first, last
+        problem = tiles.problem
+        self.names = problem.names
+        count = last - first
+        new = torch.zeros(count, dtype=problem.accumulate_dtype, device=problem.hidden.device)
+        self.shift = torch.full_like(new, float("-inf"))
+        self.total, self.weighted, self.target = new, new.clone(), new.clone()
+        self.argmax = torch.zeros(count, dtype=torch.int64, device=new.device)
+        self.mean, self.weighted_mean, self.deviation = new.clone(), new.clone(), new.clone()
+        self.complement = (torch.full_like(new, float("-inf")), new.clone())
+        self.seen = 0
+        self.moment = None
+        if problem.values is not None:
+            self.moment = new.new_zeros(count, problem.values.shape[1])
+
+    def update(self, logits: Tensor, exponentials: Tensor, start: int) -> Tensor:
+        """Take in a tile's logits (n, c); leave `exp(logits - shift)` in `exponentials`. Returns the rescaling (n,) of what
+        was summed before."""
+        problem, stop = self.tiles.problem, start + logits.shape[1]
+        if "argmax" in self.names:
+            largest, position = logits.max(1)
+            self.argmax = torch.where(largest > self.shift, position + start, self.argmax)
+        else:
+            largest = logits.amax(1)
+        shift = torch.maximum(self.shift, largest)
+        # A row of -inf only must not become NaN through -inf - (-inf).
+        base = shift.clamp(min=torch.finfo(shift.dtype).min)
+        rescale = (self.shift - base).exp_()
+        torch.sub(logits, base[:, None], out=exponentials).exp_()
+        self.shift = shift
+        self.total = self.total * rescale + exponentials.sum(1)
+        if "entropy" in self.names:
+            finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+            self.weighted = self.weighted * rescale + (exponentials * finite).sum(1)
+        if self.moment is not None:
+            assert problem.values is not None
+            self.moment = self.moment * rescale[:, None] + exponentials @ problem.values[start:stop].to(logits.dtype)
+        if problem.target is not None:
+            self._update_target(logits, start, stop)
+        if "mean" in self.names or "variance" in self.names:
+            self._update_moments(logits, start, stop)
+        if "complement_lse" in self.names:
+            self._update_complement(logits, start, stop)
+        return rescale
+
+    def _update_target(self, logits: Tensor, start: int, stop: int) -> None:
+        target = self.tiles.target
+        assert target is not None
+        if target.ndim == 2:
+            # A product rather than 0 * inf where a class without probability has an infinite logit is not meant.
+            self.target += (logits * target[self.first : self.last, start:stop].to(logits.dtype)).sum(1)
+            return
+        inside, local = self.tiles.target_in(self.first, self.last, start, stop)
+        self.target = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1), self.target)
+
+    def _update_moments(self, logits: Tensor, start: int, stop: int) -> None:
+        """Chan's merge of two sets' mean and sum of squared deviations."""
+        mean_weight, count = self.tiles.problem.mean_weight, stop - start
+        if mean_weight is not None:
+            self.weighted_mean += logits @ mean_weight[start:stop].to(logits.dtype)
+        mean = logits.mean(1)
+        deviation = (logits - mean[:, None]).square_().sum(1)
+        difference, together = mean - self.mean, self.seen + count
+        self.deviation = self.deviation + deviation + difference.square() * (self.seen * count / together)
+        self.mean = self.mean + difference * (count / together)
+        self.seen = together
+
+    def _update_complement(self, logits: Tensor, start: int, stop: int) -> None:
+        row, column = self.tiles.set_in(self.first, self.last, start, stop)
+        masked = logits.clone()
+        masked[row, column] = float("-inf")
+        shift, total = self.complement
+        new_shift = torch.maximum(shift, masked.amax(1))
+        base = new_shift.clamp(min=torch.finfo(shift.dtype).min)
+        total = total * (shift - base).exp() + masked.sub_(base[:, None]).exp_().sum(1)
+        self.complement = (new_shift, total)
+
+    def results(self) -> dict[str, Tensor]:
+        """Everything that was taken in, whether asked for or needed by the gradient: statistic -> (n,)."""
+        problem = self.tiles.problem
+        lse = _log_sum(self.shift, self.total)
+        found = {"lse": lse, "max": self.shift, "argmax": self.argmax}
+        if problem.target is not None:
+            found["target"] = self.target
+        if "entropy" in self.names:
+            found["entropy"] = lse - self.weighted / self.total
+        if self.moment is not None:
+            found["expectation"] = self.moment / self.total[:, None]
+        if "mean" in self.names:
+            mean_weight = problem.mean_weight
+            found["mean"] = self.mean if mean_weight is None else self.weighted_mean / mean_weight.sum()
+        if "mean" in self.names or "variance" in self.names:
+            found["uniform_mean"] = self.mean
+            found["variance"] = self.deviation / max(self.seen, 1)
+        if "complement_lse" in self.names:
+            found["complement_lse"] = _log_sum(*self.complement)
+        return found
+
+
+def _log_sum(shift: Tensor, total: Tensor) -> Tensor:
+    return total.log() + shift.clamp(min=torch.finfo(shift.dtype).min)

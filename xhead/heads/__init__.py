@@ -1,0 +1,8 @@
+"""Heads: what stands between the hidden states and the classes. `"linear"` is the projection that a model comes with."""
+
+_HEADS = ("linear",)
+
+
+def list_heads() -> list[str]:
+    """The names that `xhead.patch(model, head=...)` knows, sorted."""
+    return sorted(_HEADS)
