@@ -1,5 +1,7 @@
 """Time and memory of callables, and the record of where they were measured."""
 
+import contextlib
+import ctypes
 import datetime
 import gc
 import itertools
@@ -161,6 +163,7 @@ def _peak_memory_cuda(function, results, device: torch.device) -> Memory:
 def _resident_peak(function: Callable[[], object]) -> int | None:
     """Growth of the process at its largest during a call; None where Linux's /proc cannot be asked."""
     gc.collect()
+    _return_freed_memory()
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -171,6 +174,12 @@ def _resident_peak(function: Callable[[], object]) -> int | None:
         return None
     del kept
     return None if before is None or peak is None else max(peak - before, 0)
+
+
+def _return_freed_memory() -> None:
+    """Give the system what the C library keeps of freed memory: a call would use that first, and seem to need none."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int | None:

@@ -81,8 +81,13 @@ def test_peak_memory_of_a_backward_pass():
     assert memory.beyond == pytest.approx(4 * MEGABYTE, rel=0.01)
 
 
-def test_resident_peak_sees_memory_that_is_written():
-    memory = measure.peak_memory(lambda: allocate(64))
+@pytest.mark.parametrize("pieces", [1, 128])
+def test_resident_peak_sees_memory_that_is_written(pieces):
+    def call() -> list[torch.Tensor]:
+        return [torch.ones(64 * MEGABYTE // 4 // pieces) for _ in range(pieces)]
+
+    call()
+    memory = measure.peak_memory(call)
     if memory.resident is None:
         pytest.skip("this system does not tell a process's peak")
     assert 50 * MEGABYTE < memory.resident < 200 * MEGABYTE

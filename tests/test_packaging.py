@@ -14,7 +14,8 @@ import xhead
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {"LazyLogits", "linear_cross_entropy", "list_heads", "list_losses", "patch", "status", "unpatch"}
-SOURCES = sorted(p for folder in ("xhead", "kernels", "recipes", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("xhead", "kernels", "recipes", "benchmarks")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.name != "__main__.py")
 
 
 def run_python(code: str, *paths: Path) -> str:
