@@ -28,11 +28,11 @@ TOLERANCE = 1e-3  # nats a token: what two runs may differ by that compute the s
 TIMED_STEPS = 17
 
 # A head of 12,800 words on a width of 256 takes 70 % of a step on a CPU, about the share it has in a small language
-# model on a GPU. 150 steps of 2,048 tokens take one to two minutes on two cores.
+# model on a GPU. 100 steps of 2,048 tokens take one to two minutes on two cores.
 DEFAULTS = {
     "--min_count": "1",
-    "--max_steps": "150",
-    "--warmup_steps": "20",
+    "--max_steps": "100",
+    "--warmup_steps": "15",
     "--learning_rate": "2e-3",
     "--logging_steps": "5",
     "--valid_steps": "50",

@@ -8,6 +8,7 @@ import xhead
 from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.options import STOCK, ModelOptions
 from recipes.one_billion_word.vocabulary import Vocabulary
+from xhead.losses import get_loss
 
 
 def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int, seed: int) -> LlamaForCausalLM:
@@ -30,24 +31,24 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
 
 
 def check_loss(options: ModelOptions) -> None:
-    """Fail before any data is read when the loss is unknown.
+    """Fail before any data is read when the loss or an option of it is unknown.
 
     Raises:
         RecipeError: with the names that are known.
     """
-    if options.loss != STOCK and options.loss not in xhead.list_losses():
+    if options.loss == STOCK:
+        return
+    if options.loss not in xhead.list_losses():
         raise RecipeError(f"--loss is {options.loss!r}; known: {', '.join([STOCK, *xhead.list_losses()])}")
+    loss_options = {name: value for name, value in options.parsed_loss_options.items() if name != "lazy_eval"}
+    try:
+        get_loss(options.loss, **loss_options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"--loss {options.loss} --loss_options {options.loss_options}: {error}") from error
 
 
 def apply_loss(model: LlamaForCausalLM, options: ModelOptions) -> LlamaForCausalLM:
-    """Patch the model unless the stock loss is wanted.
-
-    Raises:
-        RecipeError: an option that the loss does not take.
-    """
+    """Patch the model unless the stock loss is wanted."""
     if options.loss == STOCK:
         return model
-    try:
-        return xhead.patch(model, loss=options.loss, **options.parsed_loss_options)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"--loss {options.loss} --loss_options {options.loss_options}: {error}") from error
+    return xhead.patch(model, loss=options.loss, **options.parsed_loss_options)
