@@ -40,7 +40,9 @@ def assert_same_gradients(actual: Any, expected: Any, rtol: float = 1e-4, atol: 
     for (name, mine), (_, theirs) in pairs:
         assert (mine.grad is None) == (theirs.grad is None), name
         if theirs.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                mine.grad, theirs.grad, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def assert_same_step(patched: Any, plain: Any, batch: dict[str, Any], **tolerance: float) -> None:

@@ -91,7 +91,9 @@ def _loss_rows(
 
 
 @LazyLogits.answers
-def log_softmax(logits: LazyLogits, dim: int | None = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None) -> Any:
+def log_softmax(
+    logits: LazyLogits, dim: int | None = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None
+) -> Any:
     """`log_softmax(dim=-1)`, still lazy: `LazyLogProbs`."""
     if dim is None or not logits.ndim or dim not in (-1, logits.ndim - 1):
         return NotImplemented
@@ -174,15 +176,11 @@ class LazyLogProbs(StandIn):
         return self.neg()
 
     @recorded
-    def nll_loss(
-        self, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"
-    ):
+    def nll_loss(self, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
         """`F.nll_loss(F.log_softmax(logits, -1), target)` is `F.cross_entropy(logits, target)`."""
         if self._sign != 1:
             return NotImplemented
-        loss = cross_entropy(
-            self._logits.to(self.dtype), target, weight, size_average, ignore_index, reduce, reduction
-        )
+        loss = cross_entropy(self._logits.to(self.dtype), target, weight, size_average, ignore_index, reduce, reduction)
         return loss
 
     @recorded

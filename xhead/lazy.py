@@ -91,7 +91,9 @@ class LazyLogits(Recording):
         if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
             raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
         if not isinstance(scale, (int, float)):
-            raise TypeError(f"scale must be a number, got {type(scale).__name__}; multiply the logits by a tensor instead")
+            raise TypeError(
+                f"scale must be a number, got {type(scale).__name__}; multiply the logits by a tensor instead"
+            )
         steps: list[pointwise.Step] = [] if scale == 1 else [("mul", float(scale))]
         if softcap is not None:
             steps += [("div", float(softcap)), ("tanh", None), ("mul", float(softcap))]
@@ -269,8 +271,9 @@ class LazyLogits(Recording):
         with torch.autocast(canonical.hidden.device.type, enabled=False):
             if canonical.rest:
                 self._record.warn(
-                    "replay", f"these steps of the logits are replayed row block by row block, which is slower: "
-                    f"{pointwise.describe(canonical.rest)}"
+                    "replay",
+                    f"these steps of the logits are replayed row block by row block, which is slower: "
+                    f"{pointwise.describe(canonical.rest)}",
                 )
                 return replay.statistics(canonical, factors.weight, names, options)
             bias = canonical.bias

@@ -104,7 +104,12 @@ def fold(
             continue
         if name == "tanh" and not capped:
             capped = True
-        elif name in ("mul", "div") and not is_tensor and (argument != 0 or not capped) and (name, argument) != ("div", 0):
+        elif (
+            name in ("mul", "div")
+            and not is_tensor
+            and (argument != 0 or not capped)
+            and (name, argument) != ("div", 0)
+        ):
             if name == "mul":
                 over, cap_over = over * argument, cap_over * (abs(argument) if capped else 1.0)
             else:

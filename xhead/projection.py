@@ -48,7 +48,8 @@ class CutLinear(nn.Linear):
             return super().forward(input)
         if isinstance(self.weight, DTensor):
             patch.record.count_materialized(
-                "DTensor weight", "the projection is split over devices (tensor parallel), so its logits are built as ever"
+                "DTensor weight",
+                "the projection is split over devices (tensor parallel), so its logits are built as ever",
             )
             return super().forward(input)
         return LazyLogits.deferred(input, self, patch.record)
