@@ -10,12 +10,15 @@ from tests.shrink import shrink
 
 
 def tiny(name: str, **changes: Any) -> Any:
-    """A tiny random model of the class, in training mode."""
+    """A tiny random model of the class without dropout, in training mode."""
     import transformers
 
     cls = getattr(transformers, name)
     config = shrink(cls.config_class())
-    for key, value in changes.items():
+    without_dropout = {
+        key: 0.0 for key, value in config.to_dict().items() if "drop" in key and isinstance(value, float)
+    }
+    for key, value in {**without_dropout, **changes}.items():
         setattr(config, key, value)
     torch.manual_seed(0)
     return cls(config)
@@ -30,7 +33,7 @@ def tokens(rows: int = 2, length: int = 12, seed: int = 1) -> dict[str, torch.Te
 
 
 def twins(name: str, **changes: Any) -> tuple[Any, Any]:
-    """A stock model without dropout, and a copy of it to patch."""
+    """A stock model, and a copy of it to patch."""
     plain = tiny(name, **changes).eval()
     return plain, copy.deepcopy(plain)
 
