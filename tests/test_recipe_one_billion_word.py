@@ -638,6 +638,19 @@ def test_demo_end_to_end(text_folder: Path, tmp_path: Path) -> None:
     assert "patched / stock" in (output / "table.txt").read_text()
 
 
+@pytest.mark.slow
+def test_two_processes_train_and_measure_as_one(text_folder: Path, tmp_path: Path) -> None:
+    one = run(*parse_options(command(text_folder, tmp_path / "one", "--loss", "cce")))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "recipes.one_billion_word"]
+    arguments = command(text_folder, tmp_path / "two", "--loss", "cce", "--per_device_train_batch_size", "2")
+    subprocess.run([sys.executable, *launch, *arguments], check=True, cwd=Path(__file__).resolve().parents[1])
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["tokens_per_step"] == one["tokens_per_step"]
+    np.testing.assert_allclose([x for _, x in losses(two)], [x for _, x in losses(one)], rtol=0, atol=1e-4)
+    assert two["test"] == pytest.approx(one["test"], abs=1e-4)
+
+
 # --- real data -------------------------------------------------------------------------------------------------------
 
 
