@@ -1,4 +1,4 @@
-"""Patch a tiny random model of every class in four auto-mappings; compare the loss and every gradient with the stock model.
+"""Patch a tiny random model of every class in four auto-mappings; compare loss and gradients with the stock model.
 
 `python -m tests.sweep` runs all of them, two at a time, each in a process of its own, and prints the counts.
 """

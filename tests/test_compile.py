@@ -56,8 +56,7 @@ def test_with_graph_breaks(name):
 
 
 def test_the_graph_holds_the_statistics_and_no_logits():
-    plain, model = twins("LlamaForCausalLM")
-    xhead.patch(model)
+    model = xhead.patch(twins("LlamaForCausalLM")[1])
     graphs = []
 
     def backend(graph, example_inputs):
@@ -103,3 +102,19 @@ def test_inductor():
     actual.backward()
     expected.backward()
     assert_same_gradients(model, plain)
+
+
+def test_head_replaced_before_compilation():
+    plain, model = twins("LlamaForCausalLM", tie_word_embeddings=False)
+    xhead.patch(model)
+    model.lm_head = copy.deepcopy(plain.lm_head)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="output projection that xhead patched has been replaced"):
+        torch.compile(model, backend="eager", fullgraph=True)(**tokens())
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**tokens()).loss, plain(**tokens()).loss)
+    assert type(model.lm_head) is not torch.nn.Linear
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**tokens()).loss, plain(**tokens()).loss)
+    status = xhead.status(model)
+    assert status.cut + status.compiled > 0
+    assert status.materialized == 0

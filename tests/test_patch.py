@@ -18,15 +18,18 @@ from xhead.projection import CutLinear
 from xhead.standin import MaterializedWarning
 
 # Unlike one another: how the head is called, what comes between it and the loss, who computes the loss.
-SAMPLE = """LlamaForCausalLM GPT2LMHeadModel Gemma2ForCausalLM CohereForCausalLM GraniteForCausalLM Qwen3ForCausalLM MixtralForCausalLM
-    MambaForCausalLM BloomForCausalLM OPTForCausalLM BioGptForCausalLM GPTNeoXForCausalLM BertForMaskedLM RobertaForMaskedLM
-    ModernBertForMaskedLM ElectraForMaskedLM XLMRobertaForMaskedLM DistilBertForMaskedLM T5ForConditionalGeneration
-    BartForConditionalGeneration PegasusForConditionalGeneration BartForCausalLM XLNetLMHeadModel WhisperForCausalLM
-    LlavaForConditionalGeneration Qwen2VLForConditionalGeneration""".split()
+SAMPLE = (
+    "LlamaForCausalLM GPT2LMHeadModel Gemma2ForCausalLM CohereForCausalLM GraniteForCausalLM Qwen3ForCausalLM",
+    "MixtralForCausalLM MambaForCausalLM BloomForCausalLM OPTForCausalLM BioGptForCausalLM GPTNeoXForCausalLM",
+    "BartForCausalLM XLNetLMHeadModel WhisperForCausalLM EsmForMaskedLM BertForMaskedLM RobertaForMaskedLM",
+    "ModernBertForMaskedLM ElectraForMaskedLM DistilBertForMaskedLM T5ForConditionalGeneration",
+    "BartForConditionalGeneration PegasusForConditionalGeneration ProphetNetForConditionalGeneration",
+    "LlavaForConditionalGeneration Qwen2VLForConditionalGeneration",
+)
 
 
 def test_unlike_classes():
-    results = sweep.sweep(SAMPLE)
+    results = sweep.sweep(" ".join(SAMPLE).split())
     assert {name: result for name, result in results.items() if result[0] != "fused"} == {}
     assert len(results) >= 25
 
@@ -171,9 +174,7 @@ def test_patching_again():
     assert xhead.status(model).cut == 1
     hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
     assert hooks == 2
-    with pytest.raises(
-        ValueError, match=r"already patched, with loss='cce', lazy_eval=False; got loss='cce', lazy_eval=True"
-    ):
+    with pytest.raises(ValueError, match=r"already patched, with loss='cce', lazy_eval=False; got .*lazy_eval=True"):
         xhead.patch(model, lazy_eval=True)
     assert not xhead.status(model).lazy_eval
     xhead.patch(xhead.unpatch(model), lazy_eval=True)

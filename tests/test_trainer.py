@@ -108,7 +108,7 @@ def test_accumulated_gradient_is_that_of_the_batch(tmp_path):
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize("switch", [True, False])
 def test_accumulation_of_classes_that_ignore_the_number_of_items(name, switch, tmp_path):
-    """Their forward takes `num_items_in_batch` and does nothing with it: `accepts_loss_kwargs = False` tells the Trainer."""
+    """Their forward takes `num_items_in_batch` and ignores it: `accepts_loss_kwargs = False` tells the Trainer."""
 
     class Even(Rows):
         def __getitem__(self, index):

@@ -34,7 +34,8 @@ def cross_entropy(
         return NotImplemented
     if target.shape != logits.shape[:-1]:
         raise ValueError(
-            f"target must have shape {tuple(logits.shape[:-1])}, one class a row of the logits, got {tuple(target.shape)}"
+            f"target must have shape {tuple(logits.shape[:-1])}, one class a row of the logits, "
+            f"got {tuple(target.shape)}"
         )
     rows_shape = target.shape
     target = target.reshape(-1).to(logits.device)

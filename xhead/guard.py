@@ -1,17 +1,17 @@
 """Watch that a patch is not lost: another head put in place, a forward replaced, a projection never called.
 
-Hooks on the model and on its backbone check at each training forward. What can be mended is (a new `nn.Linear` head, adapters
-added later); anything else raises, with the fix.
+Hooks on the model and on its backbone check at each training forward. What can be mended is (a new `nn.Linear` head,
+adapters added later); anything else raises, with the fix.
 """
 
 import functools
-from collections.abc import Callable
+import types
 from typing import Any
 
 import torch
 from torch import nn
 
-from xhead.projection import HeadPatch, claim, cut_layers, projections
+from xhead.projection import HeadPatch, claim, cut_layers, describe, projections
 
 _FUSED_HEAD_ARGUMENT = "fused_lm_head"
 
@@ -23,17 +23,29 @@ class BeforeForward:
         self.owner, self.patch = owner, patch
 
     def __call__(self, module: nn.Module, arguments: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            if type(self.owner.get_output_embeddings()) is nn.Linear:
+                self.mend()
             return
         if module is self.owner:
             self.patch.entered = False
+        self.check()
+
+    @torch.compiler.disable(reason="the output projection that xhead patched has been replaced since")
+    def mend(self) -> None:
+        """`check`, outside the graph; a full graph stops here, with the reason."""
+        self.check()
+
+    def check(self) -> None:
         check_forward(self.owner)
         try:
             claim(projections(self.owner.get_output_embeddings()), self.patch)
         except (TypeError, ValueError) as error:
             raise RuntimeError(
-                f"the xhead patch of {type(self.owner).__name__} is lost, its output projection has been replaced: {error}. "
-                "Call xhead.unpatch(model) to train with the new one as it is"
+                f"the xhead patch of {type(self.owner).__name__} is lost, its output projection has been replaced: "
+                f"{error}. Call xhead.unpatch(model) to train with the new one as it is"
             ) from error
 
 
@@ -48,9 +60,9 @@ class AfterForward:
             return
         if named.get("labels") is not None and not self.patch.entered:
             raise RuntimeError(
-                f"{type(self.owner).__name__} computed a loss without calling its patched output projection, so the patch "
-                "has no part in it: its forward, or whatever replaced it, reads the projection's weight by itself. Undo "
-                "what replaced it, or call xhead.unpatch(model)"
+                f"{type(self.owner).__name__} computed a loss without calling its patched output projection, so the "
+                "patch has no part in it: its forward, or whatever replaced it, reads the projection's weight itself. "
+                "Undo what replaced it, or call xhead.unpatch(model)"
             )
 
 
@@ -75,7 +87,7 @@ def unwatch(model: nn.Module) -> None:
 
 
 def _backbones(owner: Any) -> list[nn.Module]:
-    """The modules that run before the head. Adapters call the model's forward past its hooks, but not the backbone's."""
+    """What runs before the head. Adapters call the model's forward past its hooks, but not past the backbone's."""
     backbone = getattr(owner, "base_model", owner)
     if backbone is not owner:
         return [backbone]
@@ -83,7 +95,7 @@ def _backbones(owner: Any) -> list[nn.Module]:
 
 
 def check_forward(owner: Any) -> None:
-    """Raise RuntimeError where the model's forward has been replaced on the instance by one that leaves the head out."""
+    """Raise RuntimeError where the model's forward was replaced on the instance by one that leaves the head out."""
     forward, own = owner.__dict__.get("forward"), type(owner).forward
     while forward is not None:
         function = getattr(forward, "__func__", forward)
@@ -91,21 +103,17 @@ def check_forward(owner: Any) -> None:
             return
         if _FUSED_HEAD_ARGUMENT in (getattr(function, "__kwdefaults__", None) or ()):
             raise RuntimeError(
-                f"TRL has given {type(owner).__name__} a fused output head of its own, which leaves the patched one out: "
-                "the xhead patch would have no effect. Make the trainer with xhead.trainer.own_loss(SFTTrainer) in the "
-                "place of SFTTrainer, or call xhead.unpatch(model)"
+                f"TRL has given {type(owner).__name__} a fused output head of its own, which leaves the patched one "
+                "out: the xhead patch would have no effect. Make the trainer with xhead.trainer.own_loss(SFTTrainer) "
+                "in the place of SFTTrainer, or call xhead.unpatch(model)"
             )
         inner = getattr(function, "__wrapped__", None)
         if inner is None and isinstance(function, functools.partial):
             inner = function.func
-        if inner is None and isinstance(function, _PLAIN_FUNCTION):
+        if inner is None and isinstance(function, types.FunctionType):
             raise RuntimeError(
-                f"the forward of {type(owner).__name__} has been replaced by {function.__module__}.{function.__qualname__}, "
-                "which leaves the patched output projection out: the xhead patch would have no effect. Train with "
+                f"the forward of {type(owner).__name__} has been replaced by {describe(function)}, which leaves the "
+                "patched output projection out: the xhead patch would have no effect. Train with "
                 "use_liger_kernel=False (or undo whatever replaced the forward), or call xhead.unpatch(model)"
             )
         forward = inner
-
-
-_PLAIN_FUNCTION = type(lambda: None)
-_Forward = Callable[..., Any]

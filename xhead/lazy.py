@@ -1,10 +1,11 @@
 """`LazyLogits`: logits that are not computed yet.
 
 A model's own code goes on as if it held logits: it slices rows, scales, caps, adds biases, casts, reshapes, and calls
-`F.cross_entropy`. The first kind is written down, the last is answered without the logits. Whatever is not understood builds
-the logits after all: slower, never wrong, and said once in a `MaterializedWarning`.
+`F.cross_entropy`. The first kind is written down, the last is answered without the logits. Whatever is not understood
+builds the logits after all: slower, never wrong, and said once in a `MaterializedWarning`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -64,9 +65,9 @@ class LazyLogits(Recording):
         softcap: a positive number, or None for no cap.
         scale: a number.
 
-    It has the shape (..., V) and answers the questions a tensor answers without its values. Products, sums and casts, `tanh`,
-    reshapes that keep the last dimension, and slices give another `LazyLogits`. `F.cross_entropy`, `log_softmax`,
-    `logsumexp`, `gather` of one class a row and `argmax` are answered without building the logits.
+    It has the shape (..., V) and answers the questions a tensor answers without its values. Products, sums and casts,
+    `tanh`, reshapes that keep the last dimension, and slices give another `LazyLogits`. `F.cross_entropy`,
+    `log_softmax`, `logsumexp`, `gather` of one class a row and `argmax` are answered without building the logits.
 
     Raises TypeError, RuntimeError or ValueError where the arguments do not fit together.
     """
@@ -146,6 +147,10 @@ class LazyLogits(Recording):
 
     # What it is.
 
+    _terms: tuple[Term, ...]
+    _columns: tuple[int, int] | None
+    _row_mask: Tensor | None
+
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         return torch.Size((*self._terms[0].hidden.shape[:-1], self._classes))
@@ -180,12 +185,13 @@ class LazyLogits(Recording):
         return self._at_hand().softcap
 
     def _factors(self) -> Factors:
-        if len(self._terms) > 1 or not isinstance(self._terms[0].projection, Factors) or self._columns is not None:
+        projection = self._terms[0].projection
+        if len(self._terms) > 1 or self._columns is not None or not isinstance(projection, Factors):
             raise RuntimeError(
                 "the weight of these logits belongs to a patched head and can only be read inside its call; "
                 "ask for .statistics(...), which enters it"
             )
-        return self._terms[0].projection
+        return projection
 
     def _at_hand(self) -> pointwise.Canonical:
         factors = self._factors()
@@ -229,13 +235,13 @@ class LazyLogits(Recording):
         return terms[0].projection.consume(terms[0].hidden, receive)
 
     def _bind(self, gathered: tuple) -> "LazyLogits":
-        """The same logits, as one projection at hand: a sum of projections is the projection of `[h1, h2] [W1, W2]'`."""
+        """The same logits, as one projection at hand: a sum of projections is that of `[h1, h2] [W1, W2]'`."""
         gathered = tuple(self._cast(*operands) for operands in gathered)
         if len(gathered) == 1:
             hidden, weight, bias, factor = gathered[0]
             steps = self._steps if factor == 1 else (("mul", factor), *self._steps)
         else:
-            dtype = torch.promote_types(gathered[0][0].dtype, gathered[1][0].dtype)
+            dtype = functools.reduce(torch.promote_types, [w.dtype for _, w, _, _ in gathered])
             hidden = torch.cat([(h * factor).to(dtype) for h, _, _, factor in gathered], -1)
             weight = torch.cat([w.to(dtype) for _, w, _, _ in gathered], 1)
             biases = [b * factor for _, _, b, factor in gathered if b is not None]
@@ -276,12 +282,11 @@ class LazyLogits(Recording):
                     f"{pointwise.describe(canonical.rest)}",
                 )
                 return replay.statistics(canonical, factors.weight, names, options)
-            bias = canonical.bias
             return row_statistics(
                 canonical.hidden,
                 factors.weight,
                 names,
-                bias=bias,
+                bias=canonical.bias,
                 scale=canonical.scale,
                 softcap=canonical.softcap,
                 **options,

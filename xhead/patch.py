@@ -25,16 +25,17 @@ def patch(
 ) -> Model:
     """Let the model's loss be computed without its logits; the model's own code stays as it is.
 
-    The output projection (`model.get_output_embeddings()`) returns `LazyLogits` wherever gradients are enabled. The model slices,
-    scales and caps them as it always does, and its call of `F.cross_entropy` is answered with `loss`. Evaluation and
-    `generate()` get real logits, bit for bit. Nothing is added to checkpoints.
+    The output projection (`model.get_output_embeddings()`) returns `LazyLogits` wherever gradients are enabled. The
+    model slices, scales and caps them as it always does, and its call of `F.cross_entropy` is answered with `loss`.
+    Evaluation and `generate()` get real logits, bit for bit. Nothing is added to checkpoints.
 
     Args:
         model: a `transformers` model with a linear output projection, tied or not; or one that a PEFT adapter wraps.
         loss: a name of `xhead.list_losses()`, or `loss(logits, labels) -> rows` with `logits` a `LazyLogits` of shape
             (n, V), `labels` (n,) int64 and `rows` (n,), one number a row. Ignored rows, the reduction and
             `num_items_in_batch` stay with the model.
-        lazy_eval: lazy logits without gradients too, where evaluation wants the loss alone. `generate()` then builds them.
+        lazy_eval: lazy logits without gradients too, for evaluation that wants the loss or the predicted classes alone;
+            the Trainer's `compute_metrics` wants the logits and cannot gather these.
         options: options of the loss.
 
     Returns:
@@ -47,9 +48,9 @@ def patch(
 
     A model that the error is raised for is left as it was.
 
-    Gradient accumulation: the older classes (BERT, T5, BART and others that build their own `CrossEntropyLoss`) ignore the
-    Trainer's `num_items_in_batch`, patched or not, and their gradients then come out multiplied by the accumulation steps. Set
-    `model.accepts_loss_kwargs = False` before the Trainer is made.
+    Gradient accumulation: the older classes (BERT, T5, BART and others that build their own `CrossEntropyLoss`) ignore
+    the Trainer's `num_items_in_batch`, patched or not, and their gradients then come out multiplied by the accumulation
+    steps. Set `model.accepts_loss_kwargs = False` before the Trainer is made.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -59,8 +60,8 @@ def patch(
     for layer in cut_layers(model):
         if layer.xhead_patch.asked() != wanted:
             raise ValueError(
-                f"the model is already patched, with {_describe(*layer.xhead_patch.asked())}; got {_describe(*wanted)}. Call "
-                "xhead.unpatch(model) first"
+                f"the model is already patched, with {_describe(*layer.xhead_patch.asked())}; got "
+                f"{_describe(*wanted)}. Call xhead.unpatch(model) first"
             )
     linears = projections(head)
     guard.check_forward(owner)
@@ -86,9 +87,9 @@ def unpatch(model: Model) -> Model:
 class Status:
     """What the patch of a model has done so far.
 
-    `cut` counts losses (and other row statistics) that were computed without the logits, `materialized` the times that logits
-    had to be built after all, and `operations` what asked for them, by name. Calls inside a compiled graph are not counted:
-    `compiled` says that there are such.
+    `cut` counts losses (and other row statistics) that were computed without the logits, `materialized` the times that
+    logits had to be built after all, and `operations` what asked for them, by name. Calls inside a compiled graph are
+    not counted: `compiled` says that there are such.
     """
 
     patched: bool

@@ -120,7 +120,7 @@ def fold(
             hidden = hidden * factor.to(hidden.dtype)
             bias = None if bias is None else bias * factor
         elif name == "add" and not capped and over != 0:
-            extra = argument * (under / over)
+            extra: Any = argument * (under / over)
             if not is_tensor or argument.ndim == 0:
                 extra = hidden.new_zeros(classes) + extra
             bias = extra if bias is None else bias + extra

@@ -1,6 +1,6 @@
 """The patched projection: `nn.Linear` whose call gives lazy logits, and where in a model such projections are.
 
-The class of the existing module is swapped, and nothing else: parameters, names, hooks and checkpoints stay as they are.
+The class of the existing module is swapped, and nothing else: parameters, names, hooks and checkpoints stay.
 """
 
 import types
@@ -29,8 +29,8 @@ class HeadPatch:
 class CutLinear(nn.Linear):
     """A linear output projection that returns `LazyLogits` where a gradient may be wanted, real logits elsewhere.
 
-    The loss runs inside this module's `__call__`, entered a second time with the function to apply: hooks that gather or
-    load the weight (FSDP, ZeRO-3, offloading) fire around it as they do around any forward.
+    The loss runs inside this module's `__call__`, entered a second time with the function to apply: hooks that gather
+    or load the weight (FSDP, ZeRO-3, offloading) fire around it as they do around any forward.
     """
 
     xhead_patch: HeadPatch
@@ -73,22 +73,22 @@ def owner_and_head(model: nn.Module) -> tuple[Any, nn.Module]:
             if head is not None:
                 return module, head
     raise ValueError(
-        f"{type(model).__name__} has no output projection: get_output_embeddings() gives None. xhead patches models that "
-        "project hidden states onto a vocabulary, such as those of AutoModelForCausalLM"
+        f"{type(model).__name__} has no output projection: get_output_embeddings() gives None. xhead patches models "
+        "that project hidden states onto a vocabulary, such as those of AutoModelForCausalLM"
     )
 
 
-def projections(head: Any) -> list[nn.Linear]:
+def projections(head: Any) -> list[Any]:
     """The linear layers whose outputs are the logits: the head itself, or those inside the adapter that wraps it.
 
     Raises TypeError or ValueError, naming the fix, for a head that cannot be patched. Changes nothing.
     """
     if isinstance(head, nn.Module) and hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        copies = list(head.modules_to_save.values())  # type: ignore[union-attr, operator]
-        return [linear for module in [head.original_module, *copies] for linear in projections(module)]
+        copies: Any = head.modules_to_save
+        return [linear for module in (head.original_module, *copies.values()) for linear in projections(module)]
     if isinstance(head, nn.Module) and isinstance(getattr(head, "base_layer", None), nn.Module):
-        # LoRA adds lora_B(lora_A(x)) to the output of the layer it wraps: with lora_B lazy too, the sum is one projection.
-        # Any other adapter, and a lora_B that is no plain linear layer, gets real logits where it asks for them.
+        # LoRA adds lora_B(lora_A(x)) to the output of the layer it wraps: with lora_B lazy too, the sum is one
+        # projection. Any other adapter, and a lora_B that is no plain linear layer, gets real logits when it asks.
         lora_b = getattr(head, "lora_B", None)
         low_rank = lora_b.values() if isinstance(lora_b, nn.ModuleDict) else ()
         plain = [layer for layer in low_rank if type(layer) is nn.Linear or isinstance(layer, CutLinear)]
@@ -111,14 +111,14 @@ def _check_linear(head: Any) -> None:
     weight = head.weight
     if not weight.is_floating_point() or not (type(weight) is nn.Parameter or isinstance(weight, DTensor)):
         raise TypeError(
-            f"the output projection's weight is a {type(weight).__name__} of {weight.dtype}; xhead patches a plain floating "
-            "point weight: leave the output projection out of the quantisation"
+            f"the output projection's weight is a {type(weight).__name__} of {weight.dtype}; xhead patches a plain "
+            "floating point weight: leave the output projection out of the quantisation"
         )
     forward = head.__dict__.get("forward")
     if forward is not None and "_old_forward" not in head.__dict__ and _function(forward) not in _OWN_FORWARDS:
         raise ValueError(
-            f"the output projection's forward has been replaced on the module itself, by {_describe(forward)}; undo that, or "
-            "patch the model before it is done"
+            f"the output projection's forward has been replaced on the module itself, by {describe(forward)}; undo "
+            "that, or patch the model before it is done"
         )
 
 
@@ -157,7 +157,8 @@ def _function(forward: Any) -> Any:
     return getattr(forward, "__func__", forward)
 
 
-def _describe(forward: Any) -> str:
+def describe(forward: Any) -> str:
+    """The dotted name of a function or bound method."""
     function = _function(forward)
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 

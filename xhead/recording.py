@@ -1,7 +1,7 @@
 """What a model may do to its logits before the loss, written down instead of done.
 
-Pointwise steps go to a list; whatever acts on the rows alone (slices, reshapes that keep the classes last) is done to the hidden
-states at once, since a row of logits is a function of its row of hidden states.
+Pointwise steps go to a list; whatever acts on the rows alone (slices, reshapes that keep the classes last) is done to
+the hidden states at once, since a row of logits is a function of its row of hidden states.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Statistics of logits that are no `cap(scale * (hidden @ weight.T + bias))`: block by block of rows, replayed backward.
+"""Statistics of logits that are no `cap(scale * (hidden @ weight.T + bias))`, one block of rows after another.
 
 A block's logits live while the block is worked on, forward and, under activation checkpointing, again backward.
 """

@@ -1,4 +1,4 @@
-"""A stand-in for a tensor that has not been computed: a plain object that answers what it can, and otherwise becomes the tensor.
+"""A stand-in for a tensor that has not been computed: it answers what it can, and otherwise becomes the tensor.
 
 It is no `torch.Tensor` subclass: torch.compile, pickle and the tree maps of FSDP see an ordinary Python object. PyTorch
 hands every function called on it to `__torch_function__`.
@@ -225,8 +225,8 @@ def _dense_operator(name: str) -> Callable[..., Any]:
 
 
 _OPERATORS = (
-    "eq ne lt le gt ge matmul rmatmul imatmul pow rpow ipow mod rmod imod floordiv rfloordiv ifloordiv and or xor invert",
-    "abs bool float int complex index array contains setitem reversed",
+    "eq ne lt le gt ge matmul rmatmul imatmul pow rpow ipow mod rmod imod floordiv rfloordiv ifloordiv",
+    "and or xor invert abs bool float int complex index array contains setitem reversed",
 )
 for _name in " ".join(_OPERATORS).split():
     if hasattr(torch.Tensor, f"__{_name}__"):

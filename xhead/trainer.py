@@ -15,8 +15,8 @@ def own_loss(trainer_class: type[Trainer]) -> type[Trainer]:
     """A subclass of `trainer_class` whose loss is the model's own, as in `transformers.Trainer`: the patched one.
 
     For trainers that differ from `Trainer` in how they prepare data and not in what they minimise, such as TRL's
-    `SFTTrainer`: it computes cross-entropy in an output head of its own, which would leave a patched projection out. The
-    metrics that this head reports beside the loss (entropy, token accuracy) are not logged.
+    `SFTTrainer`: it computes cross-entropy in an output head of its own, which would leave a patched projection out.
+    The metrics that this head reports beside the loss (entropy, token accuracy) are not logged.
 
         trainer = xhead.trainer.own_loss(SFTTrainer)(model=xhead.patch(model), ...)
 

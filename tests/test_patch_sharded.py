@@ -1,0 +1,102 @@
+"""Patched models in two processes: data parallel, sharded, and with a head split over devices."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import xhead
+from tests.tiny import tokens, twins
+
+RANKS = 2
+
+
+def _shard_head_apart(model, mesh):
+    fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
+    return fully_shard(model, mesh=mesh)
+
+
+def _shard_whole(model, mesh):
+    return fully_shard(model, mesh=mesh)
+
+
+def _data_parallel(model, mesh):
+    return DistributedDataParallel(model)
+
+
+WRAPPERS = {"sharded, head apart": _shard_head_apart, "sharded": _shard_whole, "data parallel": _data_parallel}
+
+
+def _full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _train(rank, folder, tied):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.set_num_threads(1)
+    try:
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for name, wrap in WRAPPERS.items():
+            if tied and "apart" in name:
+                continue
+            plain, model = twins("LlamaForCausalLM", tie_word_embeddings=tied)
+            for seed in range(RANKS):
+                (plain(**tokens(seed=seed)).loss / RANKS).backward()
+            model = wrap(xhead.patch(model), mesh)
+            loss = model(**tokens(seed=rank)).loss
+            torch.testing.assert_close(loss, plain(**tokens(seed=rank)).loss)
+            loss.backward()
+            for (key, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(
+                    _full(actual.grad), expected.grad, msg=lambda text, k=key, n=name: f"{n} {k} {text}"
+                )
+            status = xhead.status(model)
+            assert (status.cut, status.materialized) == (1, 0), name
+        _train_with_split_head(mesh, tied)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train_with_split_head(mesh, tied):
+    if tied:
+        return
+    plain, model = twins("LlamaForCausalLM", tie_word_embeddings=False)
+    xhead.patch(model)
+    split = ColwiseParallel(output_layouts=torch.distributed.tensor.Replicate())
+    parallelize_module(model, mesh, {"lm_head": split})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = model(**tokens()).loss
+    assert any("split over devices" in str(warning.message) for warning in caught)
+    torch.testing.assert_close(_full(loss), plain(**tokens()).loss)
+    assert xhead.status(model).operations == {"DTensor weight": 1}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_processes(tied, tmp_path):
+    context = torch.multiprocessing.spawn(_train, args=(str(tmp_path), tied), nprocs=RANKS, join=False)
+    assert context is not None
+    while not context.join(timeout=120):
+        pass
+
+
+def test_wrapped_model_is_patched_through(tmp_path):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **batch):
+            return self.module(**batch)
+
+    plain, model = twins("LlamaForCausalLM")
+    wrapped = xhead.patch(Wrapper(copy.deepcopy(model)))
+    torch.testing.assert_close(wrapped(**tokens()).loss, plain(**tokens()).loss)
+    assert xhead.status(wrapped).cut == 1
