@@ -1,5 +1,7 @@
-"""The statistics as PyTorch operators: `torch.library` ops with fake and autograd registrations, which torch.compile traces
-as one node. The engine runs inside; a second derivative goes through the reference engine.
+"""The statistics as PyTorch operators: `torch.library` ops with fake and autograd registrations.
+
+torch.compile traces one as a single node; the engine runs inside. A second derivative goes through the reference
+engine.
 """
 
 import torch
@@ -102,7 +104,9 @@ def _(*arguments):
     outputs = []
     for name in problem.names:
         dtype = torch.int64 if name == "argmax" else problem.accumulate_dtype
-        shape = (problem.rows, problem.values.shape[1]) if name == "expectation" else (problem.rows,)
+        shape: tuple[int, ...] = (problem.rows,)
+        if name == "expectation" and problem.values is not None:
+            shape = (problem.rows, problem.values.shape[1])
         outputs.append(problem.hidden.new_empty(shape, dtype=dtype))
     return outputs + list(engines.get(engine).empty_state(problem, save))
 
@@ -184,11 +188,10 @@ def _backward(ctx, output_grads):
 def _differentiable_backward(problem: Problem, grads: Results, needs) -> list[Tensor | None]:
     """The gradients as functions of the inputs, for a derivative of a derivative."""
     inputs = (problem.hidden, problem.weight, problem.bias)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     results = reference.statistics(problem.having(tuple(grads)))
-    found = iter(
-        torch.autograd.grad([results[name] for name in grads], wanted, list(grads.values()), create_graph=True)
-    )
+    upstream = list(grads.values())
+    found = iter(torch.autograd.grad([results[name] for name in grads], wanted, upstream, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 

@@ -20,8 +20,8 @@ from xhead.engines.problem import STATISTICS, FilterOptions, Problem
 class Statistics:
     """The statistics asked for; the others are None. Each is shaped as the rows: `hidden.shape[:-1]`.
 
-    float32, or float64 where the hidden states are float64; `argmax` is int64 and `expectation` has the trailing shape of
-    `values`. All but `max` and `argmax` are differentiable.
+    float32, or float64 where the hidden states are float64; `argmax` is int64 and `expectation` has the trailing shape
+    of `values`. All but `max` and `argmax` are differentiable.
     """
 
     lse: Tensor | None = None
@@ -145,7 +145,8 @@ def _check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise RuntimeError(f"weight must be 2-D (V, D), got shape {tuple(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise RuntimeError(
-            f"hidden must be (..., D) with D = {weight.shape[1]}, the last dimension of weight, got shape {tuple(hidden.shape)}"
+            f"hidden must be (..., D) with D = {weight.shape[1]}, the last dimension of weight, got shape "
+            f"{tuple(hidden.shape)}"
         )
     if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
         raise RuntimeError(

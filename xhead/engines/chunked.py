@@ -1,7 +1,7 @@
 """Statistics tile by tile with PyTorch's own GEMMs: any device, made for the CPU.
 
-Forward: each block of rows meets each block of classes once, in a buffer that stays in cache. Backward: the exact gradient
-forms each tile again and multiplies it out; where the gradient is filtered, `skipping` does better on most tiles.
+Forward: each block of rows meets each block of classes once, in a buffer that stays in cache. Backward: the exact
+gradient forms each tile again and multiplies it out; where it is filtered, `skipping` does better on most tiles.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Statistics without a pass over the logits: what is linear or quadratic in them, and what concerns a few columns a row.
+"""Statistics without a pass over the logits: what is linear or quadratic in them, or concerns a few columns a row.
 
 With rows extended by the bias, `w~_k = [w_k, bias_k]` and `h~_i = [h_i, 1]`, the uncapped logits are
 `o_ik = scale * h~_i . w~_k`, so that
@@ -6,8 +6,8 @@ With rows extended by the bias, `w~_k = [w_k, bias_k]` and `h~_i = [h_i, 1]`, th
     mean_i     = scale * h~_i . wbar,                 wbar = sum_k c_k w~_k / sum_k c_k
     variance_i = scale^2 / V * h~_i' G h~_i,          G = sum_k (w~_k - mbar)(w~_k - mbar)',  mbar = 1/V sum_k w~_k
 
-`target` and `subset_lse` gather the rows of weight that they name. The cost is V D^2 + N D^2 in place of N V D; G is centred
-before it is squared, because `E[o^2] - E[o]^2` cancels in float32 where the rows of weight share a large mean.
+`target` and `subset_lse` gather the rows of weight that they name. The cost is V D^2 + N D^2 in place of N V D; G is
+centred before it is squared, because `E[o^2] - E[o]^2` cancels in float32 where the rows of weight share a large mean.
 """
 
 from collections.abc import Iterator
@@ -83,8 +83,8 @@ def backward(
 class ClosedFormGradient:
     """Gradients of the closed-form statistics, added to accumulators a block of classes at a time.
 
-    With upstream gradients g_i: `mean` gives `scale g_i wbar` to hidden and `scale c_k / sum(c) sum_i g_i h~_i` to class k;
-    `variance` gives `2 scale^2/V g_i G h~_i` and `2 scale^2/V (w~_k - mbar) M` with `M = sum_i g_i h~_i h~_i'`;
+    With upstream gradients g_i: `mean` gives `scale g_i wbar` to hidden and `scale c_k / sum(c) sum_i g_i h~_i` to
+    class k; `variance` gives `2 scale^2/V g_i G h~_i` and `2 scale^2/V (w~_k - mbar) M`, `M = sum_i g_i h~_i h~_i'`;
     gathered logits give `d_ik scale w_k` and `d_ik scale h_i`.
     """
 
@@ -157,6 +157,7 @@ class ClosedFormGradient:
         return mean_weight[self._classes(start, stop)] * (problem.scale / mean_weight.sum())
 
     def _entries_of(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.entries is not None
         row, column, value = self.entries
         first, last = torch.searchsorted(column, torch.tensor([start, stop], device=column.device)).tolist()
         return row[first:last], column[first:last], value[first:last]

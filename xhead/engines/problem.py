@@ -67,9 +67,9 @@ class Problem:
         """The names that this problem can have without a pass over its logits."""
         closed = []
         for name in self.names:
-            if name in ("mean", "variance") and self.softcap is None:
-                closed.append(name)
-            elif name == "subset_lse" or (name == "target" and not self.soft_target):
+            linear = name in ("mean", "variance") and self.softcap is None
+            gathered = name == "subset_lse" or (name == "target" and not self.soft_target)
+            if linear or gathered:
                 closed.append(name)
         return tuple(closed)
 

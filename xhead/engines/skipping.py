@@ -1,8 +1,8 @@
 """The compensated gradient filter on single entries: what is skipped is replaced by its closed form.
 
-The classes are taken in the order of their mean logit over the rows, so that a tile's classes resemble each other and the
-first tiles hold most of the mass. In a tile, the entries p_ik of at least the threshold, and the target's, are kept and
-multiplied out as a sparse matrix. The others are replaced by the rank-one matrix with the same sums along rows and columns,
+The classes are taken in the order of their mean logit over the rows, so that a tile's classes resemble each other and
+the first tiles hold most of the mass. In a tile, the entries p_ik of at least the threshold, and the target's, are kept
+and multiplied out as a sparse matrix. The others are replaced by the rank-one matrix with the same row and column sums,
 
     p_ik ~ m_ib q_k,      m_ib = sum of the row's skipped entries,      q_k = (column's skipped entries) / (tile's),
 
@@ -10,14 +10,14 @@ so that, with wbar_b = sum_k q_k w_k over the tile and g_i the upstream gradient
 
     d hidden_i += g_i sum_b m_ib wbar_b,                  d w_k += q_k sum_i g_i m_ib h_i.
 
-Hidden states see the tilt inside the tiles as well, in a direction common to all: G = sum_k c_k (w_k - wbar_b)(w_k - wbar_b)'
-with c the share of each column in all that is skipped, and a factor that makes the row's first moment exact,
+Hidden states see the tilt inside the tiles as well. With G = sum_k c_k (w_k - wbar_b)(w_k - wbar_b)', pooled over the
+tiles, c the share of each column in all that is skipped, and a factor that makes the row's first moment exact,
 
     d hidden_i += g_i tilt_i G h_i,      tilt_i = sum over skipped k of p_ik (o_ik - obar_ib) / (h_i' G h_i).
 
-With a softcap, p is p times the cap's derivative and the tilt is left out, since the logits are not linear in the hidden
-state. Tiles too dense for a sparse product are multiplied out whole; what does not fit the bounded memory of the entries
-is found again in the backward.
+With a softcap, p is p times the cap's derivative and the tilt is left out, since the logits are not linear in the
+hidden state. Tiles too dense for a sparse product are multiplied out whole; what does not fit the bounded memory of the
+entries is found again in the backward.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class SkippingState(NamedTuple):
     column_mass: Tensor  # (V,) skipped mass of each class position
     row_mass: Tensor  # (S, tiles across) log of the skipped mass of the first S rows
     first_moment: Tensor  # (N,) sum over the skipped k of p_ik o_ik
-    kind: Tensor  # (tiles down, tiles across) saved, found again or dense
+    kind: Tensor  # (tiles down, tiles across) `_SAVED`, `_FOUND_AGAIN` or `_DENSE`
     span: Tensor  # (tiles down, tiles across, 2) where the tile's entries start, and how many there are
     index: Tensor  # (entries,) flat position inside the tile
     logit: Tensor  # (entries,)
@@ -147,7 +147,7 @@ class Recorder:
         self.used = 0
 
     def record(self, logits: Tensor, share: Tensor, running: Running, rescale: Tensor, start: int) -> None:
-        """logits and `share = exp(logits - shift)`: (n, c), both used up; rescale: (n,) from the shift before to this one."""
+        """logits and `share = exp(logits - shift)`: (n, c), both used up; rescale: (n,) from the last shift to this."""
         first, last, state = running.first, running.last, self.state
         moment = state.first_moment[first:last].mul_(rescale)
         # What the row has summed so far is at most its final sum: no entry is skipped that the final one would keep.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xhead.engines.gram import blocks
-from xhead.engines.problem import Problem, cap, column_rows
+from xhead.engines.problem import Problem, column_rows
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
@@ -142,8 +142,10 @@ class Running:
             self.moment = new.new_zeros(count, problem.values.shape[1])
 
     def update(self, logits: Tensor, exponentials: Tensor, start: int) -> Tensor:
-        """Take in a tile's logits (n, c); leave `exp(logits - shift)` in `exponentials`. Returns the rescaling (n,) of what
-        was summed before."""
+        """Take in a tile's logits (n, c) and leave `exp(logits - shift)` in `exponentials`.
+
+        Returns the factor (n,) from the shift before to this one.
+        """
         problem, stop = self.tiles.problem, start + logits.shape[1]
         if "argmax" in self.names:
             largest, position = logits.max(1)

@@ -1,4 +1,7 @@
-"""Heads: what stands between the hidden states and the classes. `"linear"` is the projection that a model comes with."""
+"""Heads: what stands between the hidden states and the classes.
+
+`"linear"` is the projection that a model comes with.
+"""
 
 _HEADS = ("linear",)
 

@@ -1,4 +1,4 @@
-"""Losses by name. Each is a short function of (`LazyLogits`, labels) that returns one number a row, and a config dataclass."""
+"""Losses by name: each a short function of (`LazyLogits`, labels) with one number a row, and a config dataclass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields

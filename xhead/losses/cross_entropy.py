@@ -1,7 +1,7 @@
 """Cut cross-entropy: `lse - target`, with label smoothing, class weights and the squared-lse penalty.
 
-Source: arXiv 2411.09009 for the cut; label smoothing and class weights as `torch.nn.functional.cross_entropy`; the penalty is
-PaLM's "z-loss" (arXiv 2204.02311), which shares nothing with the spherical Z-loss.
+Source: arXiv 2411.09009 for the cut; label smoothing and class weights as `torch.nn.functional.cross_entropy`; the
+penalty is PaLM's "z-loss" (arXiv 2204.02311), which shares nothing with the spherical Z-loss.
 """
 
 from dataclasses import dataclass
@@ -100,12 +100,12 @@ def linear_cross_entropy(
         filter_eps, compensate, filter_hidden_grad, filter_weight_grad, engine: see `xhead.LazyLogits.statistics`.
 
     Returns:
-        The loss in float32 (float64 for float64 input); or a tuple (loss, lse), (loss, accuracy), (loss, lse, accuracy).
+        The loss in float32 (float64 for float64 input); or (loss, lse), (loss, accuracy) or (loss, lse, accuracy).
 
     Raises:
-        As `torch.nn.functional.linear_cross_entropy`: RuntimeError for shapes and dtypes that do not fit and for a label
-        smoothing outside [0, 1], ValueError for a target of another batch size and an unknown reduction, IndexError for a
-        target out of range.
+        As `torch.nn.functional.linear_cross_entropy`: RuntimeError for shapes and dtypes that do not fit and for a
+        label smoothing outside [0, 1], ValueError for a target of another batch size and an unknown reduction,
+        IndexError for a target out of range.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{reduction} is not a valid value for reduction; allowed are "mean", "sum" and "none"')
@@ -162,7 +162,7 @@ def _rows(
     label_smoothing: float,
     lse_penalty: float,
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy a row, and the penalty a row. A target of probabilities comes multiplied by the class weights."""
+    """The cross-entropy and the penalty a row. A target of probabilities comes multiplied by the class weights."""
     lse = statistics.lse
     assert lse is not None and statistics.target is not None
     if target.is_floating_point():
