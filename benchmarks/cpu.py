@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +36,18 @@ def torch_chunked() -> Loss | None:
     return None if options is None else partial(F.linear_cross_entropy, options=options())
 
 
+def xhead_loss(**options: object) -> Loss:
+    """`xhead.linear_cross_entropy` with these options, which returns the loss alone."""
+    return cast(Loss, partial(xhead.linear_cross_entropy, **options))
+
+
 def xhead_losses(thresholds: list[float | None], *, dropped: float | None) -> dict[str, Loss]:
     """The losses to measure by name: each threshold with compensation, and one that drops what it skips."""
     losses: dict[str, Loss] = {}
     for eps in thresholds:
-        losses[f"xhead, filter {power_of_two(eps)}"] = partial(xhead.linear_cross_entropy, filter_eps=eps)
+        losses[f"xhead, filter {power_of_two(eps)}"] = xhead_loss(filter_eps=eps)
     if dropped:
-        losses[f"xhead, filter {power_of_two(dropped)}, dropped"] = partial(
-            xhead.linear_cross_entropy, filter_eps=dropped, compensate=False
-        )
+        losses[f"xhead, filter {power_of_two(dropped)}, dropped"] = xhead_loss(filter_eps=dropped, compensate=False)
     return losses
 
 
@@ -193,7 +197,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         record["training"] = measure_training(inputs, torch_losses | ours, options.repeats, memory=True)
         print(f"\nForward and backward, {inputs.source}\n\n{training_table(record['training'], logits_bytes)}\n")
     if "forward" in options.tables:
-        default = {"xhead": partial(xhead.linear_cross_entropy)}
+        default = {"xhead": xhead_loss()}
         record["forward"] = measure_forward(inputs, {"stock": stock, **default}, options.repeats)
         print(f"\nForward, {inputs.source}\n\n{forward_table(record['forward'])}\n")
     if "random" in options.tables:

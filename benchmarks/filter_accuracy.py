@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import xhead
 from benchmarks import inputs as head_inputs
 from benchmarks import measure
-from benchmarks.cpu import Loss, Training, progress, relative_error, stock
+from benchmarks.cpu import Loss, Training, progress, relative_error, stock, xhead_loss
 from benchmarks.inputs import HeadInputs
 from benchmarks.report import RESULTS, markdown_table, power_of_two, save_json
 
@@ -41,10 +40,10 @@ def measure_filter(inputs: HeadInputs, thresholds: list[float], repeats: int) ->
     softmax = head_inputs.softmax_of(inputs, tuple(thresholds))
     training = Training(inputs)
     cases: dict[tuple[str, float | None], Loss] = {("stock", None): stock}
-    cases["exact", None] = partial(xhead.linear_cross_entropy, filter_eps=None)
+    cases["exact", None] = xhead_loss(filter_eps=None)
     for eps in thresholds:
         for name, compensate in (("compensated", True), ("dropped", False)):
-            cases[name, eps] = partial(xhead.linear_cross_entropy, filter_eps=eps, compensate=compensate)
+            cases[name, eps] = xhead_loss(filter_eps=eps, compensate=compensate)
     timings = measure.time_interleaved(
         {f"{name} {eps}": partial(training.step, loss) for (name, eps), loss in cases.items()},
         repeats=repeats,

@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-import xhead
 from benchmarks import measure
+from benchmarks.cpu import xhead_loss
 from benchmarks.report import RESULTS, markdown_table, power_of_two, save_json
 
 SETTINGS = ["exact", "compensated:12", "dropped:12", "compensated:8", "dropped:8", "compensated:6", "dropped:6"]
@@ -93,24 +92,18 @@ def batches(text: Tensor, configuration: Configuration, seed: int) -> Iterator[t
         yield piece[:, :-1], piece[:, 1:]
 
 
-def loss_of(setting: str, filtered: str):
-    """`exact`, `compensated:8` or `dropped:8` (2^-8) as a function of (hidden, weight, target).
+def filter_of(setting: str) -> tuple[float | None, bool]:
+    """`exact`, `compensated:8` or `dropped:8` (2^-8) as (filter_eps, compensate).
 
     Raises:
         ValueError: another setting.
     """
     name, _, exponent = setting.partition(":")
     if name == "exact" and not exponent:
-        return partial(xhead.linear_cross_entropy, filter_eps=None)
+        return None, True
     if name not in ("compensated", "dropped") or not exponent.isdecimal():
         raise ValueError(f"setting {setting!r} is not one of exact, compensated:N, dropped:N with a threshold of 2^-N")
-    return partial(
-        xhead.linear_cross_entropy,
-        filter_eps=2.0 ** -int(exponent),
-        compensate=name == "compensated",
-        filter_hidden_grad=filtered in ("hidden", "both"),
-        filter_weight_grad=filtered in ("weight", "both"),
-    )
+    return 2.0 ** -int(exponent), name == "compensated"
 
 
 @torch.no_grad()
@@ -137,7 +130,13 @@ def train(setting: str, seed: int, configuration: Configuration, text: Text) -> 
     """One run. A loss that is no longer finite ends it: its validation loss is None."""
     torch.manual_seed(seed)
     model = WordModel(text.classes, configuration.width)
-    loss_function = loss_of(setting, configuration.filtered)
+    threshold, compensate = filter_of(setting)
+    loss_function = xhead_loss(
+        filter_eps=threshold,
+        compensate=compensate,
+        filter_hidden_grad=configuration.filtered in ("hidden", "both"),
+        filter_weight_grad=configuration.filtered in ("weight", "both"),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=configuration.learning_rate, weight_decay=0.01)
     steps, warmup = configuration.steps, configuration.warmup
 
@@ -145,7 +144,6 @@ def train(setting: str, seed: int, configuration: Configuration, text: Text) -> 
         return min((step + 1) / max(warmup, 1), 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    threshold = loss_function.keywords["filter_eps"]
     every = max(steps // 10, 1)
     curve: list[list[float]] = []  # [step, loss], as JSON gives them back
     kept: list[list[float]] = []
@@ -287,7 +285,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, object]:
     options = parse_arguments(arguments)
     for setting in options.settings:
-        loss_of(setting, options.filtered)
+        filter_of(setting)
     data = "Python's documentation" if options.data is None else Path(options.data).name
     names = ("classes", "width", "steps", "batch", "length", "learning_rate", "warmup", "filtered")
     configuration = Configuration(data=data, **{name: getattr(options, name) for name in names})
