@@ -7,41 +7,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from tests.pair import CLASSES, ROWS, WIDTH, Pair, loss_of
 from xhead.lazy import LazyLogits
 from xhead.standin import MaterializedWarning
-
-ROWS, CLASSES, WIDTH = (2, 5), 11, 7
-
-
-class Pair:
-    """Lazy logits and the stock computation on the same leaves."""
-
-    def __init__(self, dtype=torch.float64, bias=True, **options):
-        self.hidden = torch.randn(*ROWS, WIDTH, dtype=dtype, requires_grad=True)
-        self.weight = torch.randn(CLASSES, WIDTH, dtype=dtype, requires_grad=True)
-        self.bias = torch.randn(CLASSES, dtype=dtype, requires_grad=True) if bias else None
-        self.vector = torch.randn(CLASSES, dtype=dtype, requires_grad=True)
-        self.number = torch.tensor(1.7, dtype=dtype, requires_grad=True)
-        self.lazy = LazyLogits(self.hidden, self.weight, self.bias, **options)
-        dense = F.linear(self.hidden, self.weight, self.bias) * options.get("scale", 1.0)
-        softcap = options.get("softcap")
-        self.dense = dense if softcap is None else softcap * torch.tanh(dense / softcap)
-
-    def leaves(self):
-        return [t for t in (self.hidden, self.weight, self.bias, self.vector, self.number) if t is not None]
-
-    def gradients(self, value, create_graph=False):
-        return torch.autograd.grad(
-            value, self.leaves(), allow_unused=True, retain_graph=True, create_graph=create_graph
-        )
-
-
-def loss_of(logits, **options):
-    target = torch.arange(logits.shape[:-1].numel()) % logits.shape[-1]
-    target[1] = -100
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target, **options)
 
 
 def assert_same_loss(pair, lazy, dense, **options):
@@ -180,114 +149,6 @@ def test_replay_needs_memory_for_a_block_only(monkeypatch):
     assert 0 < largest <= 8 * 1000
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("ignore_index", [-100, 3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_cross_entropy(reduction, weighted, label_smoothing, ignore_index, masked, monkeypatch):
-    if masked:
-        # In a graph, and on a GPU, ignored rows are masked: finding them would wait for the device.
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    pair = Pair()
-    options = {"reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    options["weight"] = torch.rand(CLASSES, dtype=torch.float64) + 0.1 if weighted else None
-    target = torch.tensor([0, 3, 10, 5, 3, 1, 2, 9, 8, 7])
-    actual = F.cross_entropy(pair.lazy.view(-1, CLASSES), target, **options)
-    module = nn.CrossEntropyLoss(**options)(pair.lazy.view(-1, CLASSES), target)
-    expected = F.cross_entropy(pair.dense.view(-1, CLASSES), target, **options)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(module, expected)
-    torch.testing.assert_close(pair.gradients(actual.sum()), pair.gradients(expected.sum()))
-    assert pair.lazy._record.materialized == 0
-
-
-def test_cross_entropy_of_one_row():
-    pair = Pair()
-    for reduction in ("mean", "none"):
-        actual = F.cross_entropy(pair.lazy[0, 0], torch.tensor(4), reduction=reduction)
-        torch.testing.assert_close(actual, F.cross_entropy(pair.dense[0, 0], torch.tensor(4), reduction=reduction))
-
-
-def test_all_rows_ignored():
-    pair = Pair()
-    target = torch.full((10,), -100)
-    assert F.cross_entropy(pair.lazy.view(-1, CLASSES), target).isnan()
-    total = F.cross_entropy(pair.lazy.view(-1, CLASSES), target, reduction="sum")
-    assert total == 0
-    for gradient in pair.gradients(total)[:3]:
-        assert gradient is not None
-        assert not gradient.any()
-
-
-def test_ignored_rows_leave_before_the_projection():
-    seen = []
-
-    class Spy:
-        out_features = CLASSES
-
-        def consume(self, hidden, function):
-            seen.append(hidden.shape)
-            return function(hidden, weight, None)
-
-        def trains(self):
-            return True
-
-    from xhead.standin import Record
-
-    weight = torch.randn(CLASSES, WIDTH, requires_grad=True)
-    lazy = LazyLogits.deferred(torch.randn(6, WIDTH), Spy(), Record())
-    F.cross_entropy(lazy, torch.tensor([1, -100, -100, 2, -100, 3]))
-    assert seen == [(3, WIDTH)]
-
-
-def test_log_softmax_as_label_smoothing_asks_it():
-    pair = Pair()
-    index = torch.randint(0, CLASSES, (*ROWS, 1))
-    for lazy, dense in (
-        (-F.log_softmax(pair.lazy, dim=-1), -F.log_softmax(pair.dense, dim=-1)),
-        (pair.lazy.log_softmax(-1), pair.dense.log_softmax(-1)),
-        (torch.log_softmax(pair.lazy, -1, torch.float64), pair.dense.log_softmax(-1)),
-    ):
-        assert (lazy.shape, lazy.dtype, lazy.dim()) == (dense.shape, dense.dtype, 3)
-        picked, total = lazy.gather(dim=-1, index=index), lazy.sum(dim=-1, keepdim=True, dtype=torch.float32)
-        torch.testing.assert_close(picked, dense.gather(-1, index))
-        torch.testing.assert_close(total, dense.sum(-1, keepdim=True, dtype=torch.float32))
-        value, expected = picked.sum() + total.double().sum(), dense.gather(-1, index).sum() + dense.sum()
-        torch.testing.assert_close(pair.gradients(value), pair.gradients(expected), rtol=1e-5, atol=1e-5)
-    assert pair.lazy._record.materialized == 0
-
-
-def test_other_answers():
-    pair = Pair()
-    index = torch.randint(0, CLASSES, (*ROWS, 1))
-    pairs = {
-        "logsumexp": (torch.logsumexp(pair.lazy, -1), torch.logsumexp(pair.dense, -1)),
-        "logsumexp method": (pair.lazy.logsumexp(-1, keepdim=True), pair.dense.logsumexp(-1, keepdim=True)),
-        "gather": (torch.gather(pair.lazy, -1, index), torch.gather(pair.dense, -1, index)),
-        "gather method": (pair.lazy.gather(-1, index), pair.dense.gather(-1, index)),
-        "argmax": (pair.lazy.argmax(-1), pair.dense.argmax(-1)),
-        "torch.argmax": (torch.argmax(pair.lazy, dim=-1, keepdim=True), pair.dense.argmax(-1, keepdim=True)),
-    }
-    for actual, expected in pairs.values():
-        torch.testing.assert_close(actual, expected)
-    assert pair.lazy._record.materialized == 0
-
-
-def test_statistics():
-    pair = Pair(softcap=2.0, scale=0.5)
-    target = torch.randint(0, CLASSES, ROWS)
-    found = pair.lazy.statistics("lse", "target", "mean", "entropy", "argmax", target=target)
-    torch.testing.assert_close(found.lse, pair.dense.logsumexp(-1))
-    torch.testing.assert_close(found.target, pair.dense.gather(-1, target[..., None])[..., 0])
-    torch.testing.assert_close(found.mean, pair.dense.mean(-1))
-    torch.testing.assert_close(found.entropy, torch.distributions.Categorical(logits=pair.dense).entropy())
-    torch.testing.assert_close(found.argmax, pair.dense.argmax(-1))
-    assert found.variance is None
-    with pytest.raises(ValueError, match="unknown statistic 'median'"):
-        pair.lazy.statistics("median")
-
-
 MATERIALIZED = {
     "softmax": lambda o, p: o.softmax(-1),
     "F.softmax": lambda o, p: F.softmax(o, dim=-1),
@@ -409,37 +270,6 @@ def test_questions_without_values():
     assert lazy._record.materialized == 0
 
 
-def test_detached_logits_have_no_gradient():
-    pair = Pair()
-    loss = F.cross_entropy(pair.lazy.detach().view(-1, CLASSES), torch.zeros(10, dtype=torch.long))
-    assert not loss.requires_grad
-
-
-@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
-def test_autocast_casts_as_linear_does(cast):
-    hidden, weight = torch.randn(6, WIDTH, requires_grad=True), torch.randn(CLASSES, WIDTH, requires_grad=True)
-    target = torch.arange(6)
-    with torch.autocast("cpu", cast):
-        lazy, dense = LazyLogits(hidden, weight), F.linear(hidden, weight)
-        assert lazy.dtype == dense.dtype == cast
-        actual, expected = F.cross_entropy(lazy, target), F.cross_entropy(dense, target)
-        assert actual.dtype == expected.dtype == torch.float32
-    # Taken outside autocast, after `.float()`: still the product of what the projection was given in `cast`.
-    exact = F.cross_entropy(hidden.to(cast).float() @ weight.to(cast).float().T, target)
-    torch.testing.assert_close(actual, exact, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(F.cross_entropy(lazy.float(), target), exact, rtol=1e-6, atol=1e-6)
-    got, wanted = (torch.autograd.grad(value, (hidden, weight)) for value in (actual, exact))
-    torch.testing.assert_close(got, wanted, rtol=3e-2, atol=2e-3)
-    torch.testing.assert_close(lazy.materialize(), dense)
-
-
-def test_bfloat16_loss_has_the_dtype_of_the_stock_one():
-    hidden, weight = torch.randn(6, WIDTH).bfloat16(), torch.randn(CLASSES, WIDTH).bfloat16()
-    lazy = LazyLogits(hidden, weight)
-    assert F.cross_entropy(lazy, torch.arange(6)).dtype == torch.bfloat16
-    assert F.cross_entropy(lazy.float(), torch.arange(6)).dtype == torch.float32
-
-
 def test_sum_of_two_projections_is_one():
     hidden, low = torch.randn(6, WIDTH, requires_grad=True), torch.randn(6, 2, requires_grad=True)
     weight, up = torch.randn(CLASSES, WIDTH, requires_grad=True), torch.randn(CLASSES, 2, requires_grad=True)
@@ -465,19 +295,6 @@ def test_sum_of_capped_logits_is_built():
     with pytest.warns(MaterializedWarning):
         total = torch.tanh(pair.lazy) + other.lazy
     torch.testing.assert_close(total, torch.tanh(pair.dense) + other.dense)
-
-
-def test_not_finite_hidden_states_give_nan():
-    hidden, weight = torch.randn(3, WIDTH), torch.randn(CLASSES, WIDTH)
-    hidden[1, 2] = float("nan")
-    assert F.cross_entropy(LazyLogits(hidden, weight), torch.arange(3)).isnan()
-
-
-def test_double_backward():
-    pair = Pair()
-    first, expected = (pair.gradients(loss_of(o), create_graph=True)[0] for o in (pair.lazy, pair.dense))
-    for a, b in zip(pair.gradients(first.square().sum()), pair.gradients(expected.square().sum()), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_copy_and_pickle():

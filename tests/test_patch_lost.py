@@ -11,6 +11,7 @@ from torch import nn
 import xhead
 from tests.tiny import assert_same_step, tiny, tokens, twins
 from xhead.projection import CutLinear
+from xhead.standin import MaterializedWarning
 
 
 def test_resized_vocabulary():
@@ -100,6 +101,18 @@ def test_loss_that_leaves_the_head_out():
     model = xhead.patch(Bypassing())
     with pytest.raises(RuntimeError, match="computed a loss without calling its patched output projection"):
         model(torch.randn(3, 4), labels=torch.arange(3))
+
+
+def test_replicas_of_data_parallel_give_real_logits():
+    plain, model = twins("LlamaForCausalLM")
+    xhead.patch(model)
+    model.lm_head = model.lm_head._replicate_for_data_parallel()
+    model.lm_head.weight, model.lm_head.bias = plain.lm_head.weight, None
+    with pytest.warns(MaterializedWarning, match="`DataParallel` needs the logits.*accelerate launch"):
+        out = model(**tokens())
+    assert torch.equal(out.logits, plain(**tokens()).logits)
+    assert torch.equal(out.loss, plain(**tokens()).loss)
+    assert xhead.status(model).operations == {"DataParallel": 1}
 
 
 @pytest.mark.parametrize("first", ["patch", "dispatch"])

@@ -46,12 +46,13 @@ class CutLinear(nn.Linear):
         patch.entered = True
         if not (torch.is_grad_enabled() or patch.lazy_eval):
             return super().forward(input)
-        if isinstance(self.weight, DTensor):
-            patch.record.count_materialized(
-                "DTensor weight",
-                "the projection is split over devices (tensor parallel), so its logits are built as ever",
-            )
-            return super().forward(input)
+        for reason, found in (
+            ("DTensor weight", isinstance(self.weight, DTensor)),
+            ("DataParallel", _is_replica(self)),
+        ):
+            if found:
+                patch.record.count_materialized(reason, _STOCK[reason])
+                return super().forward(input)
         return LazyLogits.deferred(input, self, patch.record)
 
     def consume(self, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
@@ -60,6 +61,18 @@ class CutLinear(nn.Linear):
 
     def trains(self) -> bool:
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+
+_STOCK = {
+    "DTensor weight": "the projection is split over devices (tensor parallel), and its logits are built as ever.",
+    "DataParallel": "it gathers the outputs of each GPU, so they are built as ever. Start one process a GPU instead, "
+    "with `accelerate launch` or `torchrun`.",
+}
+
+
+def _is_replica(module: nn.Module) -> bool:
+    """Whether the module is one of the copies that `torch.nn.DataParallel` makes for a forward."""
+    return vars(module).get("_is_replica", False)
 
 
 def owner_and_head(model: nn.Module) -> tuple[Any, nn.Module]:
