@@ -1,3 +1,5 @@
+"""The command `python -m recipes.one_billion_word`."""
+
 from recipes.one_billion_word.train import main
 
 if __name__ == "__main__":
