@@ -115,7 +115,7 @@ def row_statistics(
     shaped = {}
     for name, value in results.items():
         trailing = values.shape[1:] if name == "expectation" and values is not None else ()
-        shaped[name] = value.reshape(*rows_shape, *trailing)
+        shaped[name] = value.reshape((*rows_shape, *trailing))
     return Statistics(**shaped)
 
 

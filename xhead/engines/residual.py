@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xhead.engines.problem import Results
-from xhead.engines.tiles import Tiles
+from xhead.engines.tiles import RULED_OUT, Tiles
 
 
 class Residual:
@@ -64,7 +64,7 @@ class Residual:
         factor = self.level[rows, None]
         if self.slope is not None:
             # p is 0 where the logit is -inf, and 0 * -inf would be NaN.
-            factor = factor + self.slope[rows, None] * logits.clamp(min=torch.finfo(logits.dtype).min)
+            factor = factor + self.slope[rows, None] * logits.clamp(min=RULED_OUT)
         if self.direction is not None:
             values = self.tiles.problem.values
             assert values is not None

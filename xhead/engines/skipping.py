@@ -42,7 +42,7 @@ class SkippingState(NamedTuple):
     order: Tensor  # (V,) the classes by falling mean logit
     column_mass: Tensor  # (V,) skipped mass of each class position
     row_mass: Tensor  # (S, tiles across) log of the skipped mass of the first S rows
-    first_moment: Tensor  # (N,) sum over the skipped k of p_ik o_ik
+    first_moment: Tensor  # (N,) sum over the k skipped in saved tiles of p_ik o_ik
     kind: Tensor  # (tiles down, tiles across) `_SAVED`, `_FOUND_AGAIN` or `_DENSE`
     span: Tensor  # (tiles down, tiles across, 2) where the tile's entries start, and how many there are
     index: Tensor  # (entries,) flat position inside the tile
@@ -157,8 +157,6 @@ class Recorder:
             return
         down, across = first // self.tiles.shape[0], start // self.tiles.shape[1]
         state.column_mass[start : start + logits.shape[1]] += running.total.reciprocal() @ share
-        if self.tiles.problem.softcap is None:
-            moment += logits.mul_(share).sum(1)
         count, row_budget = kept.index.shape[0], self._entries_until(last)
         state.kind[down, across] = _FOUND_AGAIN
         if last <= state.row_mass.shape[0] and self.used + count <= row_budget:
@@ -168,6 +166,8 @@ class Recorder:
             state.index[self.used : self.used + count] = kept.index
             state.logit[self.used : self.used + count] = kept.logit
             self.used += count
+            if self.tiles.problem.softcap is None:
+                moment += logits.mul_(share).sum(1)
 
     def _entries_until(self, last: int) -> int:
         """Each block of rows has its part of the memory, so that the last are served as the first."""

@@ -9,6 +9,9 @@ from xhead.engines.gram import blocks
 from xhead.engines.problem import Problem, column_rows
 
 
+RULED_OUT = -1e18  # stands for a logit of -inf where it is multiplied with a probability of 0
+
+
 def tile_shape(device: torch.device) -> tuple[int, int]:
     """Rows and classes of a tile: small enough for the cache of a core, large enough for a full-speed GEMM."""
     return (512, 256) if device.type == "cpu" else (2048, 8192)
@@ -157,11 +160,13 @@ class Running:
         base = shift.clamp(min=torch.finfo(shift.dtype).min)
         rescale = (self.shift - base).exp_()
         torch.sub(logits, base[:, None], out=exponentials).exp_()
-        self.shift = shift
+        previous, before, self.shift = self.shift, self.total, shift
         self.total = self.total * rescale + exponentials.sum(1)
         if "entropy" in self.names:
-            finite = logits.clamp(min=torch.finfo(logits.dtype).min)
-            self.weighted = self.weighted * rescale + (exponentials * finite).sum(1)
+            # Relative to the shift, so that the entropy does not come out as a difference of large logits.
+            moved = (previous - base).clamp(min=RULED_OUT)
+            relative = (logits - base[:, None]).clamp_(min=RULED_OUT)
+            self.weighted = (self.weighted + moved * before) * rescale + (exponentials * relative).sum(1)
         if self.moment is not None:
             assert problem.values is not None
             self.moment = self.moment * rescale[:, None] + exponentials @ problem.values[start:stop].to(logits.dtype)
@@ -213,7 +218,7 @@ class Running:
         if problem.target is not None:
             found["target"] = self.target
         if "entropy" in self.names:
-            found["entropy"] = lse - self.weighted / self.total
+            found["entropy"] = self.total.log() - self.weighted / self.total
         if self.moment is not None:
             found["expectation"] = self.moment / self.total[:, None]
         if "mean" in self.names:
