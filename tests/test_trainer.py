@@ -66,14 +66,15 @@ def train(model, folder, trainer_options=None, **changes):
     return trainer, torch.tensor([[entry["loss"], entry["grad_norm"]] for entry in logged])
 
 
-def assert_same_curves(name, folder, tolerance=1e-5, passes=None, model_options=None, trainer_options=None, **changes):
+def assert_same_curves(name, folder, tolerance=1e-6, passes=None, model_options=None, trainer_options=None, **changes):
     plain, model = twins(name, **(model_options or {}))
     xhead.patch(model)
     _, expected = train(plain, folder, trainer_options, **changes)
     trainer, actual = train(model, folder, trainer_options, **changes)
     assert len(actual) == STEPS
-    # The Trainer logs losses rounded to four digits or more, hence the absolute part.
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=2e-6)
+    torch.testing.assert_close(actual[:, 0], expected[:, 0], rtol=tolerance, atol=0)
+    # Gradient norms are sums over all parameters, each with rounding of its own, after the steps before.
+    torch.testing.assert_close(actual[:, 1], expected[:, 1], rtol=10 * tolerance, atol=0)
     status = xhead.status(model)
     steps = STEPS * changes.get("gradient_accumulation_steps", 1)
     assert (status.cut, status.materialized) == (passes or steps, 0)
@@ -143,8 +144,8 @@ def test_gradient_checkpointing(tmp_path):
 
 
 def test_bf16_autocast(tmp_path):
-    # Stock rounds each logit to bfloat16 (relative 2^-9); the cut loss keeps the products in float32.
-    assert_same_curves("LlamaForCausalLM", tmp_path, tolerance=2**-7, bf16=True, learning_rate=1e-3)
+    # Stock rounds each logit to bfloat16 (relative 2^-9); the cut loss keeps them in float32.
+    assert_same_curves("LlamaForCausalLM", tmp_path, tolerance=2**-9, bf16=True, learning_rate=1e-3)
 
 
 def test_label_smoothing(tmp_path):
@@ -232,7 +233,7 @@ def test_torch_compile(tmp_path):
     xhead.patch(model)
     _, expected = train(plain, tmp_path)
     _, actual = train(model, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
     status = xhead.status(model)
     assert status.compiled
     assert status.materialized == 0
