@@ -9,6 +9,8 @@ ROWS, CLASSES, WIDTH = (2, 5), 11, 7
 
 
 class Pair:
+    """`lazy` and `dense` are the same logits of the same leaves."""
+
     def __init__(self, dtype=torch.float64, bias=True, **options):
         self.hidden = torch.randn(*ROWS, WIDTH, dtype=dtype, requires_grad=True)
         self.weight = torch.randn(CLASSES, WIDTH, dtype=dtype, requires_grad=True)

@@ -104,8 +104,8 @@ def check_forward(owner: Any) -> None:
         if _FUSED_HEAD_ARGUMENT in (getattr(function, "__kwdefaults__", None) or ()):
             raise RuntimeError(
                 f"TRL has given {type(owner).__name__} a fused output head of its own, which leaves the patched one "
-                "out: the xhead patch would have no effect. Make the trainer with xhead.trainer.own_loss(SFTTrainer) "
-                "in the place of SFTTrainer, or call xhead.unpatch(model)"
+                "out: the xhead patch would have no effect. Use own_loss(SFTTrainer), with `from xhead.trainer import "
+                "own_loss`, in the place of SFTTrainer; or call xhead.unpatch(model)"
             )
         inner = getattr(function, "__wrapped__", None)
         if inner is None and isinstance(function, functools.partial):

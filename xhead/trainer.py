@@ -18,7 +18,8 @@ def own_loss(trainer_class: type[Trainer]) -> type[Trainer]:
     `SFTTrainer`: it computes cross-entropy in an output head of its own, which would leave a patched projection out.
     The metrics that this head reports beside the loss (entropy, token accuracy) are not logged.
 
-        trainer = xhead.trainer.own_loss(SFTTrainer)(model=xhead.patch(model), ...)
+        from xhead.trainer import own_loss
+        trainer = own_loss(SFTTrainer)(model=xhead.patch(model), ...)
 
     Raises TypeError for what is no subclass of `transformers.Trainer`.
     """
