@@ -93,6 +93,15 @@ def test_logits_of_a_compiled_model():
         torch.testing.assert_close(out.logits.softmax(-1), plain(**tokens()).logits.softmax(-1))
 
 
+def test_materialized_in_a_graph():
+    plain, model = twins("LlamaForCausalLM")
+    xhead.patch(model)
+    torch._dynamo.reset()
+    step = torch.compile(lambda model: model(**tokens()).logits.softmax(-1), backend="eager")
+    torch.testing.assert_close(step(model), plain(**tokens()).logits.softmax(-1))
+    assert xhead.status(model).operations == {"softmax": 1}
+
+
 def test_inductor():
     plain, model = twins("LlamaForCausalLM")
     xhead.patch(model)

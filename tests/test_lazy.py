@@ -217,6 +217,20 @@ def test_materialized_once():
     assert pair.lazy._record.operations == {"softmax": 1}
 
 
+def test_looked_at_without_gradients_first():
+    pair = Pair()
+    index = torch.zeros(*ROWS, 1, dtype=torch.long)
+    log_p, dense_log_p = F.log_softmax(pair.lazy, -1), F.log_softmax(pair.dense, -1)
+    with torch.no_grad():
+        assert not log_p.gather(-1, index).requires_grad
+    for take in (lambda o: o.gather(-1, index).sum(), lambda o: o.sum(-1).square().sum()):
+        torch.testing.assert_close(pair.gradients(take(log_p)), pair.gradients(take(dense_log_p)))
+    with torch.no_grad(), pytest.warns(MaterializedWarning):
+        assert not any(value.requires_grad for value in (log_p.exp(), pair.lazy.softmax(-1)))
+    for lazy, dense in ((loss_of(pair.lazy), loss_of(pair.dense)), (log_p.max(), dense_log_p.max())):
+        torch.testing.assert_close(pair.gradients(lazy), pair.gradients(dense))
+
+
 IN_PLACE = {
     "setitem": lambda o: o.__setitem__((..., 3), -1e4),
     "masked_fill_": lambda o: o.masked_fill_(torch.arange(CLASSES) > 5, -1e4),

@@ -146,7 +146,9 @@ class LazyLogProbs(StandIn):
     It answers `-`, `gather(-1, index)` of one class a row and `sum(-1)`, in its dtype.
     """
 
-    def __init__(self, logits: LazyLogits, dtype: torch.dtype, sign: float = 1.0, lse: dict[str, Tensor] | None = None):
+    def __init__(
+        self, logits: LazyLogits, dtype: torch.dtype, sign: float = 1.0, lse: dict[bool, Tensor] | None = None
+    ):
         self._logits, self._sign = logits, sign
         self._record = logits._record
         self._lse = {} if lse is None else lse
@@ -158,16 +160,19 @@ class LazyLogProbs(StandIn):
         return self._logits.requires_grad
 
     def _build(self) -> Tensor:
-        return torch.log_softmax(self._logits.materialize(), -1, dtype=self.dtype) * self._sign
+        logits = self._logits.materialize()
+        with torch.set_grad_enabled(logits.requires_grad):
+            return torch.log_softmax(logits, -1, dtype=self.dtype) * self._sign
 
     def _statistic(self, name: str, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A statistic of the logits and their lse, which is computed once."""
         self._record.count_cut()
-        wanted = (name,) if "lse" in self._lse else (name, "lse")
+        with_grad = torch.is_grad_enabled()
+        wanted = (name,) if with_grad in self._lse else (name, "lse")
         found = self._logits.statistics(*wanted, target=target)
         if found.lse is not None:
-            self._lse["lse"] = found.lse
-        return getattr(found, name), self._lse["lse"]
+            self._lse[with_grad] = found.lse
+        return getattr(found, name), self._lse[with_grad]
 
     @recorded
     def neg(self):

@@ -114,6 +114,7 @@ class LazyLogits(Recording):
         self._record = record
         self._columns = None
         self._detached = False
+        self._with_grad = torch.is_grad_enabled()
         self._row_mask = None
         self._dense = None
         self._classes = terms[0].projection.out_features
@@ -137,6 +138,7 @@ class LazyLogits(Recording):
         self._record = source._record
         self._columns = source._columns
         self._detached = source._detached
+        self._with_grad = source._with_grad
         self._row_mask = source._row_mask
         self._dense = source._dense
         self._classes = source._classes
@@ -299,5 +301,7 @@ class LazyLogits(Recording):
                 logits = F.linear(bound._terms[0].hidden, factors.weight, factors.bias)
                 return pointwise.replay(bound._steps, logits)
 
-        dense = self.evaluate(build)
+        # Stock logits are made where the projection is called: in the gradient mode of that place, not of this one.
+        with torch.set_grad_enabled(self._with_grad):
+            dense = self.evaluate(build)
         return dense.to(self.device, self.dtype)

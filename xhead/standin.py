@@ -108,9 +108,12 @@ class StandIn:
 
     def materialize(self) -> Tensor:
         """The tensor itself, differentiable. It is kept, and from then on answers everything asked of this object."""
-        if self._dense is None:
-            self._dense = self._build()
-        return self._dense
+        if self._dense is not None:
+            return self._dense
+        dense = self._build()
+        if not torch.is_inference_mode_enabled():
+            self._dense = dense
+        return dense
 
     def _give_up(self, operation: str) -> Tensor:
         if self._dense is None:
