@@ -176,6 +176,22 @@ def test_unlike_statistics_are_not_filtered():
     assert relative_error(gradient(2**-8), gradient(None)) < 1e-12
 
 
+def test_argmax_names_the_class_and_not_its_place_in_the_order():
+    hidden, weight, target = language_like()
+    hidden.requires_grad_()
+    found = row_statistics(hidden, weight, ("lse", "target", "argmax", "max", "mean"), target=target, filter_eps=2**-8)
+    logits = hidden @ weight.T
+    assert torch.equal(found.argmax, logits.argmax(-1))
+    assert torch.allclose(found.target, logits.gather(1, target[:, None]).squeeze(1), atol=1e-4)
+
+
+def test_stands_aside_where_nothing_can_be_skipped():
+    """A threshold that every entry passes: the gradient is the exact one, in the weight's own order."""
+    hidden, weight, target = language_like(dtype=torch.float64)
+    exact, stood_aside = (gradients(hidden, weight, target, filter_eps=eps) for eps in (None, 1e-30))
+    assert all(relative_error(mine, true) < 1e-13 for mine, true in zip(stood_aside, exact, strict=True))
+
+
 def test_deterministic():
     inputs = language_like()
     one, two = gradients(*inputs, filter_eps=2**-10), gradients(*inputs, filter_eps=2**-10)

@@ -65,8 +65,11 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
             if recorder is not None:
                 recorder.record(logits, exponentials, running, rescale, start)
         block = running.results()
-        if recorder is not None:
-            recorder.finish_rows(running, block["lse"])
+        if tiles.order is not None:
+            block["argmax"] = tiles.order[block["argmax"]]
+        if recorder is not None and not recorder.finish_rows(running, block["lse"]):
+            recorder = None
+            tiles.take_in_order(None)
         for name, value in block.items():
             found.setdefault(name, []).append(value)
     whole = {name: rows.spread(torch.cat(pieces)) for name, pieces in found.items()}
@@ -94,7 +97,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     streamed, closed = _split(problem)
     known = dict(zip(_STATE, state[:2], strict=True)) | results
-    moments, skipped = state[2:5], skipping.SkippingState(*state[5:]) if len(state) > 5 else None
+    moments, skipped = state[2:5], skipping.restore(state[5:])
     streaming = problem.having(streamed)
     rows = Rows(streaming)
     tiles = Tiles(streaming, rows, None if skipped is None else skipped.order)

@@ -169,6 +169,11 @@ def blocks(stop: int, start: int = 0, size: int = _CLASS_BLOCK) -> Iterator[tupl
         yield first, min(first + size, stop)
 
 
+def inverse(order: Tensor) -> Tensor:
+    """The position of each class in an order of them. order: (V,) -> (V,)"""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+
+
 def extended_rows(problem: Problem, classes: slice | Tensor) -> Tensor:
     """`[w_k, bias_k]` for some classes, in the accumulation dtype: (c, D + 1)."""
     weight = problem.weight[classes].to(problem.accumulate_dtype)
@@ -275,6 +280,6 @@ def _gathered_entries(problem: Problem, grads: Results, order: Tensor | None) ->
     row, column, value = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     position = column
     if order is not None:
-        position = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))[column]
+        position = inverse(order)[column]
     position, sorting = position.sort()
     return row[sorting], position, value[sorting]

@@ -32,6 +32,7 @@ from xhead.engines.tiles import Rows, Running, Tiles, tile_shape
 
 _DENSE_SHARE = 1 / 8  # kept share of a tile above which two dense products cost less than two sparse ones
 _SAVED_BYTES = 1 << 21  # for the row masses, and for the kept entries, from forward to backward: whatever N and V
+_DENSE_TILES = 0.75  # share of dense tiles above which the order of the classes costs more than the others save
 _SAVED, _FOUND_AGAIN, _DENSE = 0, 1, 2
 _COMPATIBLE = {"lse", "target", "max", "argmax", "mean", "variance", "subset_lse"}
 
@@ -103,6 +104,12 @@ def mean_logit_order(problem: Problem, rows: Rows) -> Tensor:
     return mean.nan_to_num().argsort(descending=True)
 
 
+def restore(tensors: list[Tensor]) -> SkippingState | None:
+    """What the forward recorded; None where it recorded nothing, or found every tile dense."""
+    state = SkippingState(*tensors) if tensors else None
+    return None if state is None or bool((state.kind == _DENSE).all()) else state
+
+
 class Kept(NamedTuple):
     """The entries of a tile that are multiplied out, and the mass of those that are not."""
 
@@ -122,9 +129,10 @@ def split(
     if problem.target is not None:
         inside, local = tiles.target_in(first, last, start, start + logits.shape[1])
         share.scatter_(1, local[:, None], share.gather(1, local[:, None]).masked_fill_(inside[:, None], 0.0))
-    index = (share >= threshold).view(-1).nonzero().squeeze(1)
-    if index.shape[0] > _DENSE_SHARE * logits.numel():
+    kept = share >= threshold
+    if kept.count_nonzero() > _DENSE_SHARE * logits.numel():
         return None
+    index = kept.view(-1).nonzero().squeeze(1)
     logit = logits.view(-1)[index]
     share.view(-1)[index] = 0.0
     if problem.softcap is not None:
@@ -174,8 +182,13 @@ class Recorder:
         rows = min(self.tiles.rows.count, self.state.row_mass.shape[0])
         return self.state.index.shape[0] * min(last, rows) // max(rows, 1)
 
-    def finish_rows(self, running: Running, lse: Tensor) -> None:
+    def finish_rows(self, running: Running, lse: Tensor) -> bool:
+        """Close a block of rows. False where so little can be skipped that the filter had better stand aside."""
         self.state.first_moment[running.first : running.last] *= (running.shift - lse).exp_()
+        if (self.state.kind[running.first // self.tiles.shape[0]] == _DENSE).float().mean() <= _DENSE_TILES:
+            return True
+        self.state.kind.fill_(_DENSE)
+        return False
 
 
 class Replayer:
@@ -271,7 +284,7 @@ class Replayer:
             return
         scale = self.tiles.problem.scale
         # The columns' masses were summed over rows; as shares they sum to 1.
-        gram = self.gram / self.state.column_mass.sum().clamp(min=torch.finfo(self.gram.dtype).tiny)
+        gram = self.gram.div_(self.state.column_mass.sum().clamp(min=torch.finfo(self.gram.dtype).tiny))
         moment = self.moment + self.state.first_moment[: self.moment.shape[0]]
         for first, last in self.tiles.row_blocks():
             hidden = self.tiles.rows.hidden(first, last)

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xhead.engines.gram import blocks
+from xhead.engines.gram import blocks, inverse
 from xhead.engines.problem import Problem, column_rows
-
 
 RULED_OUT = -1e18  # stands for a logit of -inf where it is multiplied with a probability of 0
 
@@ -63,18 +62,23 @@ class Tiles:
     """
 
     def __init__(self, problem: Problem, rows: Rows, order: Tensor | None = None):
-        self.problem, self.rows, self.order = problem, rows, order
+        self.problem, self.rows = problem, rows
         self.shape = tile_shape(problem.hidden.device)
         height, width = min(self.shape[0], max(rows.count, 1)), min(self.shape[1], problem.vocabulary)
         options = {"dtype": problem.accumulate_dtype, "device": problem.hidden.device}
         self._logits = torch.empty(height * width, **options)
         self._other = torch.empty(height * width, **options)
         sets = rows.columns()
-        self.target = None if problem.target is None else rows.take(problem.target)
-        if order is not None and self.target is not None:
-            position = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-            self.target = position[self.target]
+        self.take_in_order(order)
         self.set_row, self.set_column = (None, None) if sets is None else sets
+
+    def take_in_order(self, order: Tensor | None) -> None:
+        """From here on, class positions are those of `order` (V,), or of the weight's rows."""
+        problem = self.problem
+        self.order = order
+        self.target = None if problem.target is None else self.rows.take(problem.target)
+        if order is not None and self.target is not None:
+            self.target = inverse(order)[self.target]
 
     def row_blocks(self) -> Iterator[tuple[int, int]]:
         return blocks(self.rows.count, size=self.shape[0])

@@ -84,7 +84,7 @@ def linear_cross_entropy(
     filter_hidden_grad: bool = True,
     filter_weight_grad: bool = True,
     engine: str = "auto",
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """Cross-entropy of logits `o = cap(scale * (hidden @ weight.T + bias))` that are never built.
 
     A row's loss is `(1 - e) c_y (lse - o_y) + e/V sum_k c_k (lse - o_k) + lse_penalty lse^2` nats, with e the label
