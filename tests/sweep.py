@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,15 @@ def main() -> None:
 
     results = sweep(arguments.names or classes(), arguments.processes, arguments.timeout, report)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        found = Counter(kind for kind, _ in results.values())
+        record = {
+            "date": time.strftime("%Y-%m-%d"),
+            "transformers": version("transformers"),
+            "torch": version("torch"),
+            "counts": {kind: found[kind] for kind in KINDS},
+            "classes": results,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     print(counts(results), f"of {len(results)} classes")
 
 

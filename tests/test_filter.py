@@ -139,7 +139,7 @@ def test_every_kind_of_tile_gives_the_same(monkeypatch):
     """Saved entries, entries found again for want of memory, and dense tiles are three ways to one gradient."""
     inputs = language_like(dtype=torch.float64)
     saved = gradients(*inputs, filter_eps=2**-10)
-    monkeypatch.setattr(skipping, "_SAVED_BYTES", 8 * 4000)
+    monkeypatch.setattr(skipping, "_ENTRY_BYTES", 12 * 400)
     found_again = gradients(*inputs, filter_eps=2**-10)
     monkeypatch.setattr(skipping, "_DENSE_SHARE", -1.0)
     dense = gradients(*inputs, filter_eps=2**-10)

@@ -5,12 +5,14 @@ from xhead.lazy import LazyLogits
 from xhead.losses import list_losses
 from xhead.losses.cross_entropy import linear_cross_entropy
 from xhead.patch import patch, status, unpatch
+from xhead.standin import MaterializedWarning
 from xhead.statistics import Statistics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LazyLogits",
+    "MaterializedWarning",
     "Statistics",
     "linear_cross_entropy",
     "list_heads",

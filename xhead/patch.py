@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import xhead.answers  # noqa: F401  what lazy logits can answer is registered on import
 from xhead import guard
+from xhead.heads import list_heads
 from xhead.lazy import LazyLogits
 from xhead.losses import get_loss
 from xhead.projection import HeadPatch, claim, cut_layers, owner_and_head, projections, release
@@ -20,6 +21,7 @@ def patch(
     model: Model,
     loss: str | Callable[[LazyLogits, Tensor], Tensor] = "cce",
     *,
+    head: str = "linear",
     lazy_eval: bool = False,
     **options: Any,
 ) -> Model:
@@ -34,6 +36,7 @@ def patch(
         loss: a name of `xhead.list_losses()`, or `loss(logits, labels) -> rows` with `logits` a `LazyLogits` of shape
             (n, V), `labels` (n,) int64 and `rows` (n,), one number a row. Ignored rows, the reduction and
             `num_items_in_batch` stay with the model.
+        head: a name of `xhead.list_heads()`; `"linear"` keeps the model's own projection.
         lazy_eval: lazy logits without gradients too, for evaluation that wants the loss or the predicted classes alone;
             the Trainer's `compute_metrics` wants the logits and cannot gather these.
         options: options of the loss.
@@ -42,8 +45,8 @@ def patch(
         The model, patched in place. A second call with the same arguments changes nothing.
 
     Raises:
-        ValueError: an unknown loss or option, a model without an output projection or one patched otherwise before, a
-            projection whose forward has been replaced.
+        ValueError: an unknown loss, head or option, a model without an output projection or one patched otherwise
+            before, a projection whose forward has been replaced.
         TypeError: an output projection that is no plain `torch.nn.Linear` (an embedding, a quantised layer).
 
     A model that the error is raised for is left as it was.
@@ -54,6 +57,8 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if head not in list_heads():
+        raise ValueError(f"unknown head {head!r}; known are {', '.join(list_heads())}")
     function = get_loss(loss, **options)
     wanted = (loss, options, lazy_eval)
     owner, head = owner_and_head(model)

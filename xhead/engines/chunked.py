@@ -66,7 +66,7 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
                 recorder.record(logits, exponentials, running, rescale, start)
         block = running.results()
         if tiles.order is not None:
-            block["argmax"] = tiles.order[block["argmax"]]
+            block["argmax"] = tiles.order[block["argmax"]].long()
         if recorder is not None and not recorder.finish_rows(running, block["lse"]):
             recorder = None
             tiles.take_in_order(None)
@@ -115,10 +115,10 @@ def backward(
 
     for start, stop in tiles.class_blocks() if row_grads or needs_weight or needs_bias else ():
         weight, classes = tiles.weight(start, stop), tiles.classes(start, stop)
-        weight_tile = None if weight_grad is None else torch.zeros(weight.shape, dtype=dtype, device=device)
-        bias_tile = None if bias_grad is None else torch.zeros(stop - start, dtype=dtype, device=device)
         if replayer is not None:
             replayer.begin_classes(weight, start)
+        weight_tile = None if weight_grad is None else torch.zeros(weight.shape, dtype=dtype, device=device)
+        bias_tile = None if bias_grad is None else torch.zeros(stop - start, dtype=dtype, device=device)
         for first, last in tiles.row_blocks() if row_grads else ():
             hidden = rows.hidden(first, last)
             wanted = Gradients(
@@ -131,6 +131,7 @@ def backward(
         if weight_grad is not None and weight_tile is not None:
             closed_form.add_weight_grad(weight_tile, start, stop)
             weight_grad[classes] = weight_tile.to(weight_grad.dtype)
+            del weight_tile
         if bias_grad is not None and bias_tile is not None:
             closed_form.add_bias_grad(bias_tile, start, stop)
             bias_grad[classes] = bias_tile

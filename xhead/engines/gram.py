@@ -171,7 +171,8 @@ def blocks(stop: int, start: int = 0, size: int = _CLASS_BLOCK) -> Iterator[tupl
 
 def inverse(order: Tensor) -> Tensor:
     """The position of each class in an order of them. order: (V,) -> (V,)"""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    position = torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
+    return torch.empty_like(order).scatter_(0, order.long(), position)
 
 
 def extended_rows(problem: Problem, classes: slice | Tensor) -> Tensor:

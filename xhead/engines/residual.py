@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xhead.engines.gram import blocks
 from xhead.engines.problem import Results
 from xhead.engines.tiles import RULED_OUT, Tiles
 
@@ -149,5 +150,14 @@ def _add_weighted_rows(out: Tensor, position: Tensor, source: Tensor, value: Ten
     if position.numel() == 0:
         return
     position, order = position.sort()
-    offsets = torch.searchsorted(position, torch.arange(out.shape[0], device=out.device))
-    out += F.embedding_bag(source[order], table, offsets, mode="sum", per_sample_weights=value[order])
+    source, value = source[order], value[order]
+    offsets = torch.searchsorted(position, torch.arange(out.shape[0] + 1, device=out.device))
+    for first, last in blocks(out.shape[0], size=_BAG_ROWS):
+        begin, end = offsets[first], offsets[last]
+        bags = offsets[first:last] - begin
+        out[first:last] += F.embedding_bag(
+            source[begin:end], table, bags, mode="sum", per_sample_weights=value[begin:end]
+        )
+
+
+_BAG_ROWS = 256  # summed at a time, so that the sum does not take another accumulator's memory

@@ -31,7 +31,7 @@ from xhead.engines.residual import Gradients, Residual
 from xhead.engines.tiles import Rows, Running, Tiles, tile_shape
 
 _DENSE_SHARE = 1 / 8  # kept share of a tile above which two dense products cost less than two sparse ones
-_SAVED_BYTES = 1 << 21  # for the row masses, and for the kept entries, from forward to backward: whatever N and V
+_ROW_BYTES, _ENTRY_BYTES = 1 << 21, 5 << 18  # from forward to backward: row masses and kept entries, whatever N and V
 _DENSE_TILES = 0.75  # share of dense tiles above which the order of the classes costs more than the others save
 _SAVED, _FOUND_AGAIN, _DENSE = 0, 1, 2
 _COMPATIBLE = {"lse", "target", "max", "argmax", "mean", "variance", "subset_lse"}
@@ -71,15 +71,15 @@ def empty_state(problem: Problem, save: bool) -> list[Tensor]:
     rows, classes = tile_shape(problem.hidden.device)
     down, across = -(-problem.rows // rows), -(-problem.vocabulary // classes)
     item = torch.finfo(problem.accumulate_dtype).bits // 8
-    saved_rows = min(problem.rows, max(_SAVED_BYTES // (item * across), 1))
-    entries = _SAVED_BYTES // (item + 4)
+    saved_rows = min(problem.rows, max(_ROW_BYTES // (item * across), 1))
+    entries = _ENTRY_BYTES // (item + 4)
 
     def empty(*shape: int, dtype: torch.dtype = problem.accumulate_dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=problem.hidden.device)
 
     return list(
         SkippingState(
-            order=empty(problem.vocabulary, dtype=torch.int64),
+            order=empty(problem.vocabulary, dtype=torch.int32),
             column_mass=empty(problem.vocabulary),
             row_mass=empty(saved_rows, across),
             first_moment=empty(problem.rows),
@@ -101,7 +101,7 @@ def mean_logit_order(problem: Problem, rows: Rows) -> Tensor:
     if problem.bias is not None:
         mean += problem.bias
     # An order must exist for NaN too, so that it comes out of the statistics and not of the sort.
-    return mean.nan_to_num().argsort(descending=True)
+    return mean.nan_to_num().argsort(descending=True).int()
 
 
 def restore(tensors: list[Tensor]) -> SkippingState | None:
@@ -217,11 +217,12 @@ class Replayer:
             bias_tile = bias[self.tiles.classes(start, start + weight.shape[0])].to(weight.dtype)
         self.mean, self.mean_bias = self.share @ weight, self.share @ bias_tile
         if self.gram is not None:
-            centred = weight - self.mean
-            weighted = centred * column_mass[:, None]
-            self.gram[:-1, :-1].addmm_(weighted.T, centred)
-            self.gram[-1, :-1] += (bias_tile - self.mean_bias) @ weighted
-            self.gram[-1, -1] += (bias_tile - self.mean_bias).square() @ column_mass
+            root = column_mass.sqrt()
+            centred = (weight - self.mean).mul_(root[:, None])
+            centred_bias = (bias_tile - self.mean_bias) * root
+            self.gram[:-1, :-1].addmm_(centred.T, centred)
+            self.gram[-1, :-1] += centred_bias @ centred
+            self.gram[-1, -1] += centred_bias.square().sum()
 
     def add(
         self, gradients: Gradients, hidden: Tensor, weight: Tensor, first: int, last: int, start: int
@@ -286,7 +287,7 @@ class Replayer:
         # The columns' masses were summed over rows; as shares they sum to 1.
         gram = self.gram.div_(self.state.column_mass.sum().clamp(min=torch.finfo(self.gram.dtype).tiny))
         moment = self.moment + self.state.first_moment[: self.moment.shape[0]]
-        for first, last in self.tiles.row_blocks():
+        for first, last in blocks(self.tiles.rows.count, size=128):
             hidden = self.tiles.rows.hidden(first, last)
             product = torch.addmm(gram[-1, :-1], hidden, gram[:-1, :-1])
             spread = scale**2 * ((product + gram[-1, :-1]) * hidden).sum(1).add_(gram[-1, -1])

@@ -64,10 +64,7 @@ class Tiles:
     def __init__(self, problem: Problem, rows: Rows, order: Tensor | None = None):
         self.problem, self.rows = problem, rows
         self.shape = tile_shape(problem.hidden.device)
-        height, width = min(self.shape[0], max(rows.count, 1)), min(self.shape[1], problem.vocabulary)
-        options = {"dtype": problem.accumulate_dtype, "device": problem.hidden.device}
-        self._logits = torch.empty(height * width, **options)
-        self._other = torch.empty(height * width, **options)
+        self._buffers: list[Tensor | None] = [None, None]
         sets = rows.columns()
         self.take_in_order(order)
         self.set_row, self.set_column = (None, None) if sets is None else sets
@@ -78,7 +75,7 @@ class Tiles:
         self.order = order
         self.target = None if problem.target is None else self.rows.take(problem.target)
         if order is not None and self.target is not None:
-            self.target = inverse(order)[self.target]
+            self.target = inverse(order)[self.target].long()
 
     def row_blocks(self) -> Iterator[tuple[int, int]]:
         return blocks(self.rows.count, size=self.shape[0])
@@ -100,7 +97,7 @@ class Tiles:
         hidden: (n, D), weight: (c, D), the classes from `start` on -> (n, c)
         """
         problem = self.problem
-        out = self._logits[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+        out = self._buffer(0, hidden.shape[0], weight.shape[0])
         if problem.bias is None:
             torch.mm(hidden, weight.T, out=out)
         else:
@@ -112,7 +109,16 @@ class Tiles:
 
     def scratch(self, like: Tensor) -> Tensor:
         """A second buffer of a tile's shape, valid until the next call."""
-        return self._other[: like.numel()].view_as(like)
+        return self._buffer(1, *like.shape)
+
+    def _buffer(self, which: int, height: int, width: int) -> Tensor:
+        # Made when first needed: a backward that replays what the forward saved never forms a tile.
+        buffer = self._buffers[which]
+        if buffer is None or buffer.numel() < height * width:
+            problem = self.problem
+            buffer = torch.empty(height * width, dtype=problem.accumulate_dtype, device=problem.hidden.device)
+            self._buffers[which] = buffer
+        return buffer[: height * width].view(height, width)
 
     def target_in(self, first: int, last: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """For rows first to last: which have their target in classes start to stop, and where in them (clamped)."""

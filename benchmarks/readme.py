@@ -1,0 +1,118 @@
+"""`python -m benchmarks.readme`: write the measured tables of README.md and docs/ from benchmarks/results.
+
+A page marks a table with `<!-- measured: NAME -->`, and its end with `<!-- end -->`; what stands between is replaced.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.cpu import forward_table, training_table
+from benchmarks.filter_accuracy import accuracy_table
+from benchmarks.filter_training import training_table as filter_training_table
+from benchmarks.inputs import Softmax, describe
+from benchmarks.report import RESULTS, markdown_table
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- measured: (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def where(record: dict) -> str:
+    """On what, with which versions and when something was measured."""
+    environment = record["environment"]
+    device = environment["cpu"] if environment["device"] == "cpu" else environment["device"]
+    return f"{device}, {environment['threads']} threads, torch {environment['torch']}, {environment['date'][:10]}"
+
+
+def inputs_line(record: dict) -> str:
+    """Shape and kind of the inputs."""
+    inputs = record["inputs"]
+    shape = ", ".join(f"{name} {inputs[name]:,}" for name in "NVD")
+    softmax = Softmax(inputs["kept_share"], inputs["kept_mass"], inputs["entropy"], inputs["perplexity"])
+    return f"{inputs['source']}: {shape}, {inputs['dtype'].removeprefix('torch.')}; {describe(softmax)}"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def cpu_training() -> str:
+    record = load("cpu")
+    return f"{where(record)}. {inputs_line(record)}.\n\n{training_table(record['training'], record['logits_bytes'])}"
+
+
+def cpu_forward() -> str:
+    return forward_table(load("cpu")["forward"])
+
+
+def cpu_random() -> str:
+    record = load("cpu")
+    return training_table(record["random"], record["logits_bytes"])
+
+
+def filter_accuracy() -> str:
+    record = load("filter_accuracy")
+    return f"{where(record)}. {inputs_line(record)}.\n\n{accuracy_table(record['filter'])}"
+
+
+def filter_training() -> str:
+    record = load("filter_training")
+    configuration = record["configuration"]
+    about = (
+        f"{configuration['data']}, V {configuration['classes']:,}, D {configuration['width']}, "
+        f"{configuration['steps']:,} steps of {configuration['batch'] * configuration['length']:,} tokens"
+    )
+    return f"{about}; torch {record['environment']['torch']}, {record['environment']['date'][:10]}.\n\n" + (
+        filter_training_table(record["runs"])
+    )
+
+
+def coverage() -> str:
+    record = load("coverage")
+    rows = [[kind, count] for kind, count in record["counts"].items()]
+    return f"transformers {record['transformers']}, {record['date']}.\n\n" + markdown_table(
+        ["outcome", "classes"], rows
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu.training": cpu_training,
+    "cpu.forward": cpu_forward,
+    "cpu.random": cpu_random,
+    "filter_accuracy": filter_accuracy,
+    "filter_training": filter_training,
+    "coverage": coverage,
+}
+
+
+def rendered(text: str) -> str:
+    """The page with every marked table written anew.
+
+    Raises:
+        ValueError: a mark names no known table.
+    """
+
+    def replace(match: re.Match) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; known are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name]()}\n{match[3]}"
+
+    return BLOCK.sub(replace, text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    for page in pages():
+        old = page.read_text()
+        new = rendered(old)
+        page.write_text(new)
+        print(f"{page.relative_to(ROOT)}: {'written' if new != old else 'unchanged'}")
+
+
+if __name__ == "__main__":
+    main()
