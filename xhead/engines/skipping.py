@@ -156,6 +156,8 @@ class Recorder:
 
     def record(self, logits: Tensor, share: Tensor, running: Running, rescale: Tensor, start: int) -> None:
         """logits and `share = exp(logits - shift)`: (n, c), both used up; rescale: (n,) from the last shift to this."""
+        if start < self.tiles.problem.filter.compensate * self.tiles.shape[1]:
+            return
         first, last, state = running.first, running.last, self.state
         moment = state.first_moment[first:last].mul_(rescale)
         # What the row has summed so far is at most its final sum: no entry is skipped that the final one would keep.
