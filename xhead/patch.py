@@ -61,14 +61,14 @@ def patch(
         raise ValueError(f"unknown head {head!r}; known are {', '.join(list_heads())}")
     function = get_loss(loss, **options)
     wanted = (loss, options, lazy_eval)
-    owner, head = owner_and_head(model)
+    owner, projection = owner_and_head(model)
     for layer in cut_layers(model):
         if layer.xhead_patch.asked() != wanted:
             raise ValueError(
                 f"the model is already patched, with {_describe(*layer.xhead_patch.asked())}; got "
                 f"{_describe(*wanted)}. Call xhead.unpatch(model) first"
             )
-    linears = projections(head)
+    linears = projections(projection)
     guard.check_forward(owner)
     found = [layer for layer in linears if hasattr(layer, "xhead_patch")]
     head_patch = found[0].xhead_patch if found else HeadPatch(loss, options, lazy_eval, Record(loss=function))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from xhead.engines import gram, skipping
 from xhead.engines.problem import Problem, Results
+from xhead.engines.replaying import Replayer
 from xhead.engines.residual import Gradients, Residual
 from xhead.engines.tiles import Rows, Running, Tiles
 
@@ -111,7 +112,7 @@ def backward(
     hidden_grad = torch.zeros(rows.count, size, dtype=dtype, device=device) if needs_hidden else None
     weight_grad = torch.empty_like(problem.weight) if needs_weight else None
     bias_grad = torch.zeros(problem.vocabulary, dtype=dtype, device=device) if needs_bias else None
-    replayer = None if skipped is None else skipping.Replayer(tiles, residual, skipped, needs_hidden)
+    replayer = None if skipped is None else Replayer(tiles, residual, skipped, needs_weight or needs_bias)
 
     for start, stop in tiles.class_blocks() if row_grads or needs_weight or needs_bias else ():
         weight, classes = tiles.weight(start, stop), tiles.classes(start, stop)
@@ -128,6 +129,8 @@ def backward(
             if exact is not None:
                 logits = tiles.logits(hidden, weight, start)
                 exact.add(residual.tile(logits, first, last, start), hidden, weight)
+        if replayer is not None:
+            replayer.end_classes(weight_tile, bias_tile, weight, start)
         if weight_grad is not None and weight_tile is not None:
             closed_form.add_weight_grad(weight_tile, start, stop)
             weight_grad[classes] = weight_tile.to(weight_grad.dtype)
