@@ -134,7 +134,7 @@ def backward(
         if weight_grad is not None and weight_tile is not None:
             closed_form.add_weight_grad(weight_tile, start, stop)
             weight_grad[classes] = weight_tile.to(weight_grad.dtype)
-            del weight_tile
+        del weight, weight_tile  # before the next are made
         if bias_grad is not None and bias_tile is not None:
             closed_form.add_bias_grad(bias_tile, start, stop)
             bias_grad[classes] = bias_tile

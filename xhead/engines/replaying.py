@@ -19,7 +19,7 @@ class Replayer:
         # With a cap, logits are not linear in the hidden state, and have no tilt of this form.
         self.tilted = self.options.compensate and tiles.problem.softcap is None
         self.total_mass = state.total_mass[: tiles.rows.count]
-        self.column_share = state.column_mass / state.column_mass.sum().clamp(min=torch.finfo(self.lse.dtype).tiny)
+        self.all_mass = state.column_mass.sum().clamp(min=torch.finfo(self.lse.dtype).tiny)
         self.moment, self.mass = self.lse.new_zeros(2, tiles.rows.count)
         self.covariance = None
         if self.tilted:
@@ -60,11 +60,11 @@ class Replayer:
         self.mean, self.mean_bias = self.share @ weight, self.share @ self.bias
 
     def end_classes(self, weight_tile: Tensor | None, bias_tile: Tensor | None, weight: Tensor, start: int) -> None:
-        """Add the tilt of the weight's and the bias's gradient. weight_tile, weight: (c, D), bias_tile: (c,)"""
+        """Add the tilt of the weight's and the bias's gradient. weight_tile, weight: (c, D), the latter used up."""
         if self.covariance is None:
             return
-        share = self.column_share[start : start + weight.shape[0]]
-        centred = (weight - self.mean).mul_(share[:, None])
+        share = self.state.column_mass[start : start + weight.shape[0]] / self.all_mass
+        centred = weight.sub_(self.mean).mul_(share[:, None])
         if weight_tile is not None:
             weight_tile.addmm_(centred, self.covariance, alpha=self.tiles.problem.scale**2)
         if bias_tile is not None:
@@ -150,8 +150,8 @@ class Replayer:
         for start, stop in self.tiles.class_blocks():
             weight = self.tiles.weight(start, stop)
             self.begin_classes(weight, start)
-            root = self.column_share[start:stop].sqrt()
-            centred = (weight - self.mean).mul_(root[:, None])
+            root = (self.state.column_mass[start:stop] / self.all_mass).sqrt()
+            centred = weight.sub_(self.mean).mul_(root[:, None])
             gram.addmm_(centred.T, centred)
             with_bias += ((self.bias - self.mean_bias) * root) @ centred
         return gram, with_bias

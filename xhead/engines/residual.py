@@ -160,4 +160,4 @@ def _add_weighted_rows(out: Tensor, position: Tensor, source: Tensor, value: Ten
         )
 
 
-_BAG_ROWS = 256  # summed at a time, so that the sum does not take another accumulator's memory
+_BAG_ROWS = 128  # summed at a time, so that the sum does not take another accumulator's memory

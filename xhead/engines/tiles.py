@@ -88,7 +88,7 @@ class Tiles:
         return slice(start, stop) if self.order is None else self.order[start:stop]
 
     def weight(self, start: int, stop: int) -> Tensor:
-        """(stop - start, D) in the accumulation dtype."""
+        """(stop - start, D) in the accumulation dtype; a copy where there is an order."""
         return self.problem.weight[self.classes(start, stop)].to(self.problem.accumulate_dtype)
 
     def logits(self, hidden: Tensor, weight: Tensor, start: int) -> Tensor:
