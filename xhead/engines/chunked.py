@@ -112,7 +112,7 @@ def backward(
     hidden_grad = torch.zeros(rows.count, size, dtype=dtype, device=device) if needs_hidden else None
     weight_grad = torch.empty_like(problem.weight) if needs_weight else None
     bias_grad = torch.zeros(problem.vocabulary, dtype=dtype, device=device) if needs_bias else None
-    replayer = None if skipped is None else Replayer(tiles, residual, skipped, needs_weight or needs_bias)
+    replayer = None if skipped is None else Replayer(tiles, residual, skipped)
 
     for start, stop in tiles.class_blocks() if row_grads or needs_weight or needs_bias else ():
         weight, classes = tiles.weight(start, stop), tiles.classes(start, stop)
@@ -129,8 +129,6 @@ def backward(
             if exact is not None:
                 logits = tiles.logits(hidden, weight, start)
                 exact.add(residual.tile(logits, first, last, start), hidden, weight)
-        if replayer is not None:
-            replayer.end_classes(weight_tile, bias_tile, weight, start)
         if weight_grad is not None and weight_tile is not None:
             closed_form.add_weight_grad(weight_tile, start, stop)
             weight_grad[classes] = weight_tile.to(weight_grad.dtype)
@@ -138,6 +136,9 @@ def backward(
         if bias_grad is not None and bias_tile is not None:
             closed_form.add_bias_grad(bias_tile, start, stop)
             bias_grad[classes] = bias_tile
+    if replayer is not None:
+        tiles.release()
+        replayer.finish_weight(weight_grad, bias_grad)
     if hidden_grad is not None:
         if replayer is not None:
             replayer.finish_hidden(hidden_grad)

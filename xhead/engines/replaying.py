@@ -12,7 +12,7 @@ from xhead.engines.tiles import Tiles
 class Replayer:
     """Backward side: adds a tile's kept entries and the closed form of the others to the gradients."""
 
-    def __init__(self, tiles: Tiles, residual: Residual, state: SkippingState, needs_weight: bool):
+    def __init__(self, tiles: Tiles, residual: Residual, state: SkippingState):
         self.tiles, self.residual, self.state = tiles, residual, state
         self.options = tiles.problem.filter
         self.lse = residual.found["lse"]
@@ -21,11 +21,8 @@ class Replayer:
         self.total_mass = state.total_mass[: tiles.rows.count]
         self.all_mass = state.column_mass.sum().clamp(min=torch.finfo(self.lse.dtype).tiny)
         self.moment, self.mass = self.lse.new_zeros(2, tiles.rows.count)
-        self.covariance = None
         if self.tilted:
             self.mean_hidden = self._mean_hidden()
-            if needs_weight and self.options.weight_grad:
-                self.covariance, self.covariance_sum = self._covariance()
 
     def _mean_hidden(self) -> Tensor:
         """hbar: (D,)"""
@@ -59,16 +56,11 @@ class Replayer:
             self.bias = bias[self.tiles.classes(start, start + weight.shape[0])].to(weight.dtype)
         self.mean, self.mean_bias = self.share @ weight, self.share @ self.bias
 
-    def end_classes(self, weight_tile: Tensor | None, bias_tile: Tensor | None, weight: Tensor, start: int) -> None:
-        """Add the tilt of the weight's and the bias's gradient. weight_tile, weight: (c, D), the latter used up."""
-        if self.covariance is None:
-            return
-        share = self.state.column_mass[start : start + weight.shape[0]] / self.all_mass
-        centred = weight.sub_(self.mean).mul_(share[:, None])
-        if weight_tile is not None:
-            weight_tile.addmm_(centred, self.covariance, alpha=self.tiles.problem.scale**2)
-        if bias_tile is not None:
-            bias_tile.addmv_(centred, self.covariance_sum, alpha=self.tiles.problem.scale**2)
+    def _centred(self, start: int, stop: int) -> Tensor:
+        """`w_k - wbar_b` of a tile's classes: (c, D)."""
+        weight = self.tiles.weight(start, stop)
+        self.begin_classes(weight, start)
+        return weight.sub_(self.mean)
 
     def add(
         self, gradients: Gradients, hidden: Tensor, weight: Tensor, first: int, last: int, start: int
@@ -129,7 +121,6 @@ class Replayer:
         """Add the tilt of the hidden states' gradient. hidden_grad: (n, D)"""
         if not (self.tilted and self.options.hidden_grad):
             return
-        self.covariance = None  # its memory serves G
         gram, with_bias = self._gram()
         square = self.tiles.problem.scale**2
         moment = self.moment + self.state.first_moment[: self.moment.shape[0]]
@@ -143,15 +134,30 @@ class Replayer:
             tilt = (moment[first:last] / spread).nan_to_num(0.0).clamp_(0.0, _TILT_LIMIT)
             hidden_grad[first:last].addcmul_(product, (tilt * mass * self.residual.level[first:last] * square)[:, None])
 
+    def finish_weight(self, weight_grad: Tensor | None, bias_grad: Tensor | None) -> None:
+        """Add the tilt of the weight's and the bias's gradient. weight_grad: (V, D), bias_grad: (V,)
+
+        A second pass over the classes, so that the (D, D) moment is not held beside the tiles of the first.
+        """
+        if not (self.tilted and self.options.weight_grad) or (weight_grad is None and bias_grad is None):
+            return
+        covariance, total = self._covariance()
+        square = self.tiles.problem.scale**2
+        for start, stop in self.tiles.class_blocks():
+            classes, centred = self.state.order[start:stop], self._centred(start, stop)
+            centred.mul_(self.state.column_mass[start:stop, None]).mul_(square / self.all_mass)
+            if weight_grad is not None:
+                weight_grad.index_add_(0, classes, (centred @ covariance).to(weight_grad.dtype))
+            if bias_grad is not None:
+                bias_grad.index_add_(0, classes, centred @ total)
+
     def _gram(self) -> tuple[Tensor, Tensor]:
         """G (D, D), and `sum_k c_k (bias_k - mean bias_b)(w_k - wbar_b)` (D,)."""
         size = self.mean_hidden.shape[0]
         gram, with_bias = self.lse.new_zeros(size, size), self.lse.new_zeros(size)
         for start, stop in self.tiles.class_blocks():
-            weight = self.tiles.weight(start, stop)
-            self.begin_classes(weight, start)
             root = (self.state.column_mass[start:stop] / self.all_mass).sqrt()
-            centred = weight.sub_(self.mean).mul_(root[:, None])
+            centred = self._centred(start, stop).mul_(root[:, None])
             gram.addmm_(centred.T, centred)
             with_bias += ((self.bias - self.mean_bias) * root) @ centred
         return gram, with_bias

@@ -111,6 +111,10 @@ class Tiles:
         """A second buffer of a tile's shape, valid until the next call."""
         return self._buffer(1, *like.shape)
 
+    def release(self) -> None:
+        """Give the buffers' memory back."""
+        self._buffers = [None, None]
+
     def _buffer(self, which: int, height: int, width: int) -> Tensor:
         # Made when first needed: a backward that replays what the forward saved never forms a tile.
         buffer = self._buffers[which]
