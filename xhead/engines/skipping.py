@@ -73,7 +73,7 @@ def empty_state(problem: Problem, save: bool) -> list[Tensor]:
     """The state's tensors, unfilled; none where nothing is filtered."""
     if not wanted(problem, save):
         return []
-    rows, classes = tile_shape(problem.hidden.device)
+    rows, classes = tile_shape(problem.hidden.device, filtered=True)
     down, across = -(-problem.rows // rows), -(-problem.vocabulary // classes)
     item = torch.finfo(problem.accumulate_dtype).bits // 8
     saved_rows = min(problem.rows, max(_ROW_BYTES // (item * across), 1))
@@ -160,6 +160,9 @@ class Recorder:
         state.total_mass.zero_()
         state.first_moment.zero_()
         self.used = 0
+        blocks_saved = -(-min(tiles.rows.count, state.row_mass.shape[0]) // tiles.shape[0])
+        # A few tiles hold most entries. Those are found again, so that the memory serves the many that hold few.
+        self.tile_budget = 4 * state.index.shape[0] // max(blocks_saved * state.kind.shape[1], 1)
 
     def record(self, logits: Tensor, share: Tensor, running: Running, rescale: Tensor, start: int) -> None:
         """logits and `share = exp(logits - shift)`: (n, c), both used up; rescale: (n,) from the last shift to this."""
@@ -179,7 +182,7 @@ class Recorder:
         total_mass += kept.row_mass
         count, row_budget = kept.index.shape[0], self._entries_until(last)
         state.kind[down, across] = FOUND_AGAIN
-        if last <= state.row_mass.shape[0] and self.used + count <= row_budget:
+        if last <= state.row_mass.shape[0] and count <= self.tile_budget and self.used + count <= row_budget:
             state.kind[down, across] = SAVED
             state.row_mass[first:last, across] = kept.row_mass.log() + running.shift
             state.span[down, across] = torch.tensor([self.used, count])
