@@ -154,7 +154,8 @@ class Replayer:
     def _gram(self) -> tuple[Tensor, Tensor]:
         """G (D, D), and `sum_k c_k (bias_k - mean bias_b)(w_k - wbar_b)` (D,), up to a factor common to both.
 
-        Over the first classes, which hold half of all that is skipped: `tilt_i` is a quotient by G, so its size is free.
+        Over the first classes, which hold half of all that is skipped: `tilt_i` is a quotient by G, so its size is
+        free.
         """
         size = self.mean_hidden.shape[0]
         gram, with_bias = self.lse.new_zeros(size, size), self.lse.new_zeros(size)
