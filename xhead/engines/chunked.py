@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from xhead.engines import gram, skipping
+from xhead.engines.gradients import Gradients
 from xhead.engines.problem import Problem, Results
 from xhead.engines.replaying import Replayer
-from xhead.engines.residual import Gradients, Residual
+from xhead.engines.residual import Residual
 from xhead.engines.tiles import Rows, Running, Tiles
 
 
@@ -27,11 +28,6 @@ def _split(problem: Problem) -> tuple[tuple[str, ...], tuple[str, ...]]:
     closed = tuple(name for name in problem.closed_names if name != "target")
     streamed = tuple(name for name in problem.names if name not in closed)
     return streamed, closed
-
-
-def _class_order(problem: Problem, save: bool, rows: Rows) -> Tensor | None:
-    """The filter wants similar classes side by side; without it the order of the weight's rows is the fastest."""
-    return skipping.mean_logit_order(problem, rows) if skipping.wanted(problem, save) else None
 
 
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
@@ -53,26 +49,32 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
     results, moments = gram.forward(problem.having(closed), save)
     streaming = problem.having(streamed)
     rows = Rows(streaming)
-    tiles = Tiles(streaming, rows, _class_order(streaming, save, rows))
+    # The filter wants similar classes side by side; without it the order of the weight's rows is the fastest.
+    order = skipping.class_order(streaming, rows) if skipping.wanted(streaming, save) else None
+    tiles = Tiles(streaming, rows, order)
     state = skipping.empty_state(streaming, save)
-    recorder = skipping.Recorder(tiles, skipping.SkippingState(*state)) if state else None
+    recorder = None if order is None else skipping.Recorder(tiles, skipping.SkippingState(*state))
     found: dict[str, list[Tensor]] = {}
     for first, last in tiles.row_blocks():
         hidden, running = rows.hidden(first, last), Running(tiles, first, last)
         for start, stop in tiles.class_blocks():
-            logits = tiles.logits(hidden, tiles.weight(start, stop), start)
+            weight = tiles.weight(start, stop)
+            logits = tiles.logits(hidden, weight, start)
             exponentials = tiles.scratch(logits)
             rescale = running.update(logits, exponentials, start)
             if recorder is not None:
-                recorder.record(logits, exponentials, running, rescale, start)
+                recorder.record(logits, exponentials, weight, running, rescale, start)
         block = running.results()
         if tiles.order is not None:
             block["argmax"] = tiles.order[block["argmax"]].long()
-        if recorder is not None and not recorder.finish_rows(running, block["lse"]):
-            recorder = None
-            tiles.take_in_order(None)
+        if recorder is not None:
+            recorder.finish_rows(running, block["lse"])
         for name, value in block.items():
             found.setdefault(name, []).append(value)
+    if recorder is None:
+        skipping.stand_aside(state)
+    else:
+        recorder.finish()
     whole = {name: rows.spread(torch.cat(pieces)) for name, pieces in found.items()}
     if not whole:
         whole = _nothing(streaming)
@@ -106,45 +108,46 @@ def backward(
     row_grads = {name: rows.take(grad) for name, grad in grads.items() if name in streamed}
     residual = Residual(tiles, found, row_grads)
     closed_grads = {name: grad for name, grad in grads.items() if name in closed}
-    closed_form = gram.ClosedFormGradient(problem.having(closed), moments, closed_grads, tiles.order)
-    needs_hidden, needs_weight, needs_bias = needs
-    size, dtype, device = problem.weight.shape[1], problem.accumulate_dtype, problem.hidden.device
-    hidden_grad = torch.zeros(rows.count, size, dtype=dtype, device=device) if needs_hidden else None
-    weight_grad = torch.empty_like(problem.weight) if needs_weight else None
-    bias_grad = torch.zeros(problem.vocabulary, dtype=dtype, device=device) if needs_bias else None
-    replayer = None if skipped is None else Replayer(tiles, residual, skipped)
+    closed_form = gram.ClosedFormGradient(problem.having(closed), moments, closed_grads)
 
-    for start, stop in tiles.class_blocks() if row_grads or needs_weight or needs_bias else ():
-        weight, classes = tiles.weight(start, stop), tiles.classes(start, stop)
-        if replayer is not None:
-            replayer.begin_classes(weight, start)
-        weight_tile = None if weight_grad is None else torch.zeros(weight.shape, dtype=dtype, device=device)
-        bias_tile = None if bias_grad is None else torch.zeros(stop - start, dtype=dtype, device=device)
-        for first, last in tiles.row_blocks() if row_grads else ():
-            hidden = rows.hidden(first, last)
-            wanted = Gradients(
-                None if hidden_grad is None else hidden_grad[first:last], weight_tile, bias_tile, problem.scale
-            )
-            exact = wanted if replayer is None else replayer.add(wanted, hidden, weight, first, last, start)
-            if exact is not None:
-                logits = tiles.logits(hidden, weight, start)
-                exact.add(residual.tile(logits, first, last, start), hidden, weight)
-        if weight_grad is not None and weight_tile is not None:
-            closed_form.add_weight_grad(weight_tile, start, stop)
-            weight_grad[classes] = weight_tile.to(weight_grad.dtype)
-        del weight, weight_tile  # before the next are made
-        if bias_grad is not None and bias_tile is not None:
-            closed_form.add_bias_grad(bias_tile, start, stop)
-            bias_grad[classes] = bias_tile
-    if replayer is not None:
-        tiles.release()
-        replayer.finish_weight(weight_grad, bias_grad)
+    gradients = Gradients.for_rows(problem, rows.count, needs)
+    if skipped is not None and row_grads:
+        Replayer(tiles, residual, skipped, gradients).run(closed_form)
+    elif row_grads or gradients.weight is not None or gradients.bias is not None:
+        _add_exact(gradients, tiles, residual, closed_form, streaming=bool(row_grads))
+    hidden_grad, weight_grad, bias_grad = gradients
     if hidden_grad is not None:
-        if replayer is not None:
-            replayer.finish_hidden(hidden_grad)
         hidden_grad = rows.spread(hidden_grad)
         closed_form.add_hidden_grad(hidden_grad)
         hidden_grad = hidden_grad.to(problem.hidden.dtype)
     if bias_grad is not None and problem.bias is not None:
         bias_grad = bias_grad.to(problem.bias.dtype)
     return hidden_grad, weight_grad, bias_grad
+
+
+def _add_exact(
+    gradients: Gradients,
+    tiles: Tiles,
+    residual: Residual,
+    closed_form: gram.ClosedFormGradient,
+    *,
+    streaming: bool,
+) -> None:
+    """Every tile again, multiplied out. streaming: whether any gradient comes from the tiles at all."""
+    for start, stop in tiles.class_blocks():
+        weight = tiles.weight(start, stop)
+        part = gradients.of_classes(start, stop, weight.dtype)
+        first_rows = True
+        for first, last in tiles.row_blocks() if streaming else ():
+            hidden = tiles.rows.hidden(first, last)
+            logits = tiles.logits(hidden, weight, start)
+            tile = residual.tile(logits, first, last, start)
+            part.of_rows(first, last).add(tile, hidden, weight, tiles.problem.scale, fresh=first_rows)
+            first_rows = False
+        if first_rows:
+            part.clear_classes()
+        if part.weight is not None:
+            closed_form.add_weight_grad(part.weight, start, stop)
+        if part.bias is not None:
+            closed_form.add_bias_grad(part.bias, start, stop)
+        gradients.put_classes(part, slice(start, stop))

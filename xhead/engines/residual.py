@@ -10,13 +10,9 @@ With upstream gradients named after their statistic, and p = exp(o - lse):
 Those of lse, entropy and expectation share p: together p_k (level + slope o_k + values_k . direction).
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from xhead.engines.gram import blocks
 from xhead.engines.problem import Results
 from xhead.engines.tiles import RULED_OUT, Tiles
 
@@ -91,73 +87,5 @@ class Residual:
         if target.ndim == 2:
             out.addcmul_(grad[:, None], target[first:last, start:stop].to(out.dtype))
             return
-        inside, local = self.tiles.target_in(first, last, start, stop)
-        out.scatter_add_(1, local[:, None], grad.masked_fill(~inside, 0.0)[:, None])
-
-
-class Gradients(NamedTuple):
-    """Accumulators of a tile's gradients; None where a gradient is not wanted."""
-
-    hidden: Tensor | None  # (n, D)
-    weight: Tensor | None  # (c, D)
-    bias: Tensor | None  # (c,)
-    scale: float
-
-    def split(self, hidden: bool, weight: bool) -> tuple["Gradients | None", "Gradients | None"]:
-        """The accumulators of the sides that are True, and the others; None for neither."""
-        chosen = Gradients(
-            self.hidden if hidden else None, self.weight if weight else None, self.bias if weight else None, self.scale
-        )
-        others = Gradients(
-            None if hidden else self.hidden, None if weight else self.weight, None if weight else self.bias, self.scale
-        )
-        return chosen.or_none(), others.or_none()
-
-    def or_none(self) -> "Gradients | None":
-        """None where nothing is accumulated."""
-        return self if any(accumulator is not None for accumulator in self[:3]) else None
-
-    def add(self, residual: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """residual: (n, c), hidden: (n, D), weight: (c, D)"""
-        if self.hidden is not None:
-            self.hidden.addmm_(residual, weight, alpha=self.scale)
-        if self.weight is not None:
-            self.weight.addmm_(residual.T, hidden, alpha=self.scale)
-        if self.bias is not None:
-            self.bias.add_(residual.sum(0), alpha=self.scale)
-
-    def add_sparse(self, row: Tensor, column: Tensor, value: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """The same for a residual of few entries. row, column, value: (E,)"""
-        if self.hidden is not None:
-            _add_weighted_rows(self.hidden, row, column, value * self.scale, weight)
-        if self.weight is not None:
-            _add_weighted_rows(self.weight, column, row, value * self.scale, hidden)
-        if self.bias is not None:
-            self.bias.index_add_(0, column, value, alpha=self.scale)
-
-    def add_rank_one(self, row: Tensor, column: Tensor, mean: Tensor, hidden: Tensor) -> None:
-        """The same for a residual `row column'`, given `mean = column' weight`. row: (n,), column: (c,), mean: (D,)"""
-        if self.hidden is not None:
-            self.hidden.addr_(row, mean, alpha=self.scale)
-        if self.weight is not None:
-            self.weight.addr_(column, row @ hidden, alpha=self.scale)
-        if self.bias is not None:
-            self.bias.add_(column, alpha=float(row.sum()) * self.scale)
-
-
-def _add_weighted_rows(out: Tensor, position: Tensor, source: Tensor, value: Tensor, table: Tensor) -> None:
-    """`out[position] += value * table[source]`, summed over repeats. out: (n, D), table: (c, D), the others (E,)"""
-    if position.numel() == 0:
-        return
-    position, order = position.sort()
-    source, value = source[order], value[order]
-    offsets = torch.searchsorted(position, torch.arange(out.shape[0] + 1, device=out.device))
-    for first, last in blocks(out.shape[0], size=_BAG_ROWS):
-        begin, end = offsets[first], offsets[last]
-        bags = offsets[first:last] - begin
-        out[first:last] += F.embedding_bag(
-            source[begin:end], table, bags, mode="sum", per_sample_weights=value[begin:end]
-        )
-
-
-_BAG_ROWS = 128  # summed at a time, so that the sum does not take another accumulator's memory
+        row, column = self.tiles.targets_in(first, last, start)
+        out[row, column] += grad[row]

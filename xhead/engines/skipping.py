@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 
 from xhead.engines.gram import blocks
-from xhead.engines.problem import Problem
+from xhead.engines.problem import Problem, cap
 from xhead.engines.tiles import Rows, Running, Tiles, tile_shape
 
 _DENSE_SHARE = 1 / 8  # kept share of a tile above which two dense products cost less than two sparse ones
-_ROW_BYTES, _ENTRY_BYTES = 1 << 21, 5 << 18  # from forward to backward: row masses and kept entries, whatever N and V
-_DENSE_TILES = 0.75  # share of dense tiles above which the order of the classes costs more than the others save
+_ROW_BYTES, _ENTRY_BYTES = 1 << 21, 1 << 20  # from forward to backward: row masses and kept entries, whatever N and V
+_PROBE_ROWS = 8
+_PROBE_SHARE = 0.3  # kept share of the probed rows above which the exact gradient is faster
 SAVED, FOUND_AGAIN, DENSE = 0, 1, 2
 _COMPATIBLE = {"lse", "target", "max", "argmax", "mean", "variance", "subset_lse"}
 
@@ -46,11 +47,13 @@ class SkippingState(NamedTuple):
 
     order: Tensor  # (V,) the classes by falling mean logit
     column_mass: Tensor  # (V,) skipped mass of each class position
-    row_mass: Tensor  # (S, tiles across) log of the skipped mass of the first S rows
+    mean_weight: Tensor  # (tiles across, D) wbar
+    mean_bias: Tensor  # (tiles across,) the same of the bias
+    row_mass: Tensor  # (S, tiles across) log of the skipped mass of the first S rows, in saved tiles
     total_mass: Tensor  # (N,) skipped mass of each row
     first_moment: Tensor  # (N,) sum over the k skipped in saved tiles of p_ik o_ik
     kind: Tensor  # (tiles down, tiles across) `SAVED`, `FOUND_AGAIN` or `DENSE`
-    span: Tensor  # (tiles down, tiles across, 2) where the tile's entries start, and how many there are
+    count: Tensor  # (tiles down, tiles across) entries of each saved tile; they lie one tile after another
     index: Tensor  # (entries,) flat position inside the tile
     logit: Tensor  # (entries,)
 
@@ -86,34 +89,60 @@ def empty_state(problem: Problem, save: bool) -> list[Tensor]:
         SkippingState(
             order=empty(problem.vocabulary, dtype=torch.int32),
             column_mass=empty(problem.vocabulary),
+            mean_weight=empty(across, problem.weight.shape[1]),
+            mean_bias=empty(across),
             row_mass=empty(saved_rows, across),
             total_mass=empty(problem.rows),
             first_moment=empty(problem.rows),
             kind=empty(down, across, dtype=torch.uint8),
-            span=empty(down, across, 2, dtype=torch.int64),
+            count=empty(down, across, dtype=torch.int32),
             index=empty(entries, dtype=torch.int32),
             logit=empty(entries),
         )
     )
 
 
-def mean_logit_order(problem: Problem, rows: Rows) -> Tensor:
-    """The classes by falling mean of their (uncapped) logits: one matrix-vector product."""
-    total = torch.zeros(problem.hidden.shape[1], dtype=problem.accumulate_dtype, device=problem.hidden.device)
+def class_order(problem: Problem, rows: Rows) -> Tensor | None:
+    """The classes by falling mean of their (uncapped) logits: one thin product with the weight.
+
+    None where a few rows show that so much would be kept that the exact gradient is faster.
+    """
+    options = {"dtype": problem.accumulate_dtype, "device": problem.hidden.device}
+    total = torch.zeros(problem.hidden.shape[1], **options)
     for start, stop in blocks(rows.count):
         total += rows.hidden(start, stop).sum(0)
-    mean = torch.cat([problem.weight[start:stop].to(total.dtype) @ total for start, stop in blocks(problem.vocabulary)])
-    mean /= max(rows.count, 1)
+    probed = [total[None] / max(rows.count, 1)]
+    # A row keeps at most 1 / threshold entries.
+    if rows.count and 1 / problem.filter.threshold > _PROBE_SHARE * problem.vocabulary:
+        step = -(-rows.count // _PROBE_ROWS)
+        probed += [rows.hidden(row, row + 1) for row in range(step // 2, rows.count, step)]
+    directions = torch.cat(probed).T.contiguous()
+    products = torch.empty(problem.vocabulary, directions.shape[1], **options)
+    for start, stop in blocks(problem.vocabulary, size=_PROBE_CLASSES):
+        torch.mm(problem.weight[start:stop].to(directions.dtype), directions, out=products[start:stop])
     if problem.bias is not None:
-        mean += problem.bias
+        products += problem.bias[:, None]
+    if directions.shape[1] > 1:
+        p = cap(products[:, 1:] * problem.scale, problem.softcap).softmax(0)
+        if (p >= problem.filter.threshold).float().mean() > _PROBE_SHARE:
+            return None
     # An order must exist for NaN too, so that it comes out of the statistics and not of the sort.
-    return mean.nan_to_num().argsort(descending=True).int()
+    return products[:, 0].nan_to_num().argsort(descending=True).int()
+
+
+_PROBE_CLASSES = 4096
 
 
 def restore(tensors: list[Tensor]) -> SkippingState | None:
-    """What the forward recorded; None where it recorded nothing, or found every tile dense."""
+    """What the forward recorded; None where it recorded nothing, or stood aside."""
     state = SkippingState(*tensors) if tensors else None
     return None if state is None or bool((state.kind == DENSE).all()) else state
+
+
+def stand_aside(tensors: list[Tensor]) -> None:
+    """Fill a state in which nothing is skipped."""
+    if tensors:
+        SkippingState(*tensors).kind.fill_(DENSE)
 
 
 class Kept(NamedTuple):
@@ -125,7 +154,15 @@ class Kept(NamedTuple):
 
 
 def split(
-    tiles: Tiles, logits: Tensor, share: Tensor, threshold: Tensor | float, first: int, last: int, start: int
+    tiles: Tiles,
+    logits: Tensor,
+    share: Tensor,
+    threshold: Tensor | float,
+    first: int,
+    last: int,
+    start: int,
+    *,
+    all_may_be_kept: bool = False,
 ) -> Kept | None:
     """Split a tile in what is kept and what is skipped; None where too much would be kept.
 
@@ -133,12 +170,12 @@ def split(
     """
     problem = tiles.problem
     if problem.target is not None:
-        inside, local = tiles.target_in(first, last, start, start + logits.shape[1])
-        share.scatter_(1, local[:, None], share.gather(1, local[:, None]).masked_fill_(inside[:, None], 0.0))
+        row, column = tiles.targets_in(first, last, start)
+        share[row, column] = 0.0
     kept = share >= threshold
-    if kept.count_nonzero() > _DENSE_SHARE * logits.numel():
+    if not all_may_be_kept and kept.count_nonzero() > _DENSE_SHARE * logits.numel():
         return None
-    index = kept.view(-1).nonzero().squeeze(1)
+    index = kept.view(-1).nonzero().squeeze(1).int()
     logit = logits.view(-1)[index]
     share.view(-1)[index] = 0.0
     if problem.softcap is not None:
@@ -151,58 +188,86 @@ class Recorder:
 
     def __init__(self, tiles: Tiles, state: SkippingState):
         self.tiles, self.state = tiles, state
+        self.compensate = tiles.problem.filter.compensate
+        self.capped = tiles.problem.softcap is not None
         assert tiles.order is not None
         state.order.copy_(tiles.order)
-        state.kind.fill_(DENSE)
-        state.span.zero_()
-        state.column_mass.zero_()
+        for tensor in (state.column_mass, state.mean_weight, state.mean_bias, state.total_mass, state.first_moment):
+            tensor.zero_()
         state.row_mass.fill_(float("-inf"))
-        state.total_mass.zero_()
-        state.first_moment.zero_()
+        down, across = state.kind.shape
+        self.kind = [[DENSE] * across for _ in range(down)]
+        self.count = [[0] * across for _ in range(down)]
         self.used = 0
         blocks_saved = -(-min(tiles.rows.count, state.row_mass.shape[0]) // tiles.shape[0])
         # A few tiles hold most entries. Those are found again, so that the memory serves the many that hold few.
-        self.tile_budget = 4 * state.index.shape[0] // max(blocks_saved * state.kind.shape[1], 1)
+        self.tile_budget = _BUDGET_OF_MEAN * state.index.shape[0] // max(blocks_saved * across, 1)
 
-    def record(self, logits: Tensor, share: Tensor, running: Running, rescale: Tensor, start: int) -> None:
-        """logits and `share = exp(logits - shift)`: (n, c), both used up; rescale: (n,) from the last shift to this."""
+    def record(
+        self, logits: Tensor, share: Tensor, weight: Tensor, running: Running, rescale: Tensor, start: int
+    ) -> None:
+        """Take a tile in.
+
+        logits and `share = exp(logits - shift)`: (n, c), both used up; weight: (c, D); rescale: (n,) from the last
+        shift to this.
+        """
         first, last, state = running.first, running.last, self.state
-        moment = state.first_moment[first:last].mul_(rescale)
-        total_mass = state.total_mass[first:last].mul_(rescale)
-        if start == 0 and self.tiles.problem.filter.compensate:
+        if self.compensate:
+            state.total_mass[first:last] *= rescale
+            state.first_moment[first:last] *= rescale
+        if start == 0 and self.compensate:
             # The classes of the highest mean hold the most mass and are the least alike: one tile, multiplied out.
             return
         # What the row has summed so far is at most its final sum: no entry is skipped that the final one would keep.
         bound = self.tiles.problem.filter.threshold * running.total[:, None]
         kept = split(self.tiles, logits, share, bound, first, last, start)
-        if kept is None:
-            return
-        down, across = first // self.tiles.shape[0], start // self.tiles.shape[1]
-        state.column_mass[start : start + logits.shape[1]] += running.total.reciprocal() @ share
-        total_mass += kept.row_mass
-        count, row_budget = kept.index.shape[0], self._entries_until(last)
-        state.kind[down, across] = FOUND_AGAIN
-        if last <= state.row_mass.shape[0] and count <= self.tile_budget and self.used + count <= row_budget:
-            state.kind[down, across] = SAVED
-            state.row_mass[first:last, across] = kept.row_mass.log() + running.shift
-            state.span[down, across] = torch.tensor([self.used, count])
-            state.index[self.used : self.used + count] = kept.index
-            state.logit[self.used : self.used + count] = kept.logit
-            self.used += count
-            if self.tiles.problem.softcap is None:
-                moment += logits.mul_(share).sum(1)
+        down, across, stop = first // self.tiles.shape[0], start // self.tiles.shape[1], start + logits.shape[1]
+        if kept is not None:
+            count = kept.index.shape[0]
+            saved = last <= state.row_mass.shape[0] and count <= self.tile_budget
+            saved = saved and self.used + count <= state.index.shape[0]
+            self.kind[down][across] = SAVED if saved else FOUND_AGAIN
+            if saved:
+                self._save(kept, down, across)
+            if self.compensate:
+                state.column_mass[start:stop] += running.total.reciprocal() @ share
+                self._add_masses(kept, logits, share, running, across if saved else None)
+        if self.compensate and last == self.tiles.rows.count:
+            self._finish_columns(weight, start, stop, across)
 
-    def _entries_until(self, last: int) -> int:
-        """Each block of rows has its part of the memory, so that the last are served as the first."""
-        rows = min(self.tiles.rows.count, self.state.row_mass.shape[0])
-        return self.state.index.shape[0] * min(last, rows) // max(rows, 1)
+    def _save(self, kept: Kept, down: int, across: int) -> None:
+        first, last = self.used, self.used + kept.index.shape[0]
+        self.state.index[first:last] = kept.index
+        self.state.logit[first:last] = kept.logit
+        self.count[down][across] = last - first
+        self.used = last
 
-    def finish_rows(self, running: Running, lse: Tensor) -> bool:
-        """Close a block of rows. False where so little can be skipped that the filter had better stand aside."""
+    def _add_masses(self, kept: Kept, logits: Tensor, share: Tensor, running: Running, saved: int | None) -> None:
+        rows, state = slice(running.first, running.last), self.state
+        state.total_mass[rows] += kept.row_mass
+        if saved is not None:
+            torch.add(kept.row_mass.log(), running.shift, out=state.row_mass[rows, saved])
+            if not self.capped:
+                state.first_moment[rows] += logits.mul_(share).sum(1)
+
+    def _finish_columns(self, weight: Tensor, start: int, stop: int, across: int) -> None:
+        """wbar of a tile that all rows have met."""
+        column_mass = self.state.column_mass[start:stop]
+        share = column_mass / column_mass.sum().clamp(min=torch.finfo(column_mass.dtype).tiny)
+        torch.mv(weight.T, share, out=self.state.mean_weight[across])
+        bias = self.tiles.bias(start, stop)
+        if bias is not None:
+            self.state.mean_bias[across] = share @ bias
+
+    def finish_rows(self, running: Running, lse: Tensor) -> None:
+        """Close a block of rows."""
         rows, to_share = slice(running.first, running.last), (running.shift - lse).exp_()
         self.state.first_moment[rows] *= to_share
         self.state.total_mass[rows] *= to_share
-        if (self.state.kind[running.first // self.tiles.shape[0]] == DENSE).float().mean() <= _DENSE_TILES:
-            return True
-        self.state.kind.fill_(DENSE)
-        return False
+
+    def finish(self) -> None:
+        self.state.kind.copy_(torch.tensor(self.kind, dtype=torch.uint8))
+        self.state.count.copy_(torch.tensor(self.count, dtype=torch.int32))
+
+
+_BUDGET_OF_MEAN = 4

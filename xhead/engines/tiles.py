@@ -71,13 +71,9 @@ class Tiles:
         self.shape = tile_shape(problem.hidden.device, filtered=order is not None)
         self._buffers: list[Tensor | None] = [None, None]
         sets = rows.columns()
-        self.take_in_order(order)
         self.set_row, self.set_column = (None, None) if sets is None else sets
-
-    def take_in_order(self, order: Tensor | None) -> None:
-        """From here on, class positions are those of `order` (V,), or of the weight's rows."""
-        problem = self.problem
         self.order = order
+        self._targets: dict[tuple[int, int], tuple[Tensor, Tensor, list[int]]] = {}
         self.target = None if problem.target is None else self.rows.take(problem.target)
         if order is not None and self.target is not None:
             self.target = inverse(order)[self.target].long()
@@ -92,6 +88,11 @@ class Tiles:
         """What indexes the classes at positions start to stop in a tensor over the classes."""
         return slice(start, stop) if self.order is None else self.order[start:stop]
 
+    def bias(self, start: int, stop: int) -> Tensor | None:
+        """(stop - start,) in the accumulation dtype."""
+        bias = self.problem.bias
+        return None if bias is None else bias[self.classes(start, stop)].to(self.problem.accumulate_dtype)
+
     def weight(self, start: int, stop: int) -> Tensor:
         """(stop - start, D) in the accumulation dtype; a copy where there is an order."""
         return self.problem.weight[self.classes(start, stop)].to(self.problem.accumulate_dtype)
@@ -103,10 +104,10 @@ class Tiles:
         """
         problem = self.problem
         out = self._buffer(0, hidden.shape[0], weight.shape[0])
-        if problem.bias is None:
+        bias = self.bias(start, start + weight.shape[0])
+        if bias is None:
             torch.mm(hidden, weight.T, out=out)
         else:
-            bias = problem.bias[self.classes(start, start + weight.shape[0])].to(out.dtype)
             torch.addmm(bias, hidden, weight.T, out=out)
         if problem.scale != 1.0:
             out.mul_(problem.scale)
@@ -129,12 +130,18 @@ class Tiles:
             self._buffers[which] = buffer
         return buffer[: height * width].view(height, width)
 
-    def target_in(self, first: int, last: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """For rows first to last: which have their target in classes start to stop, and where in them (clamped)."""
-        assert self.target is not None
-        local = self.target[first:last] - start
-        inside = (local >= 0) & (local < stop - start)
-        return inside, local.clamp_(0, stop - start - 1)
+    def targets_in(self, first: int, last: int, start: int) -> tuple[Tensor, Tensor]:
+        """The rows of first to last whose target is in the tile from class `start` on, and where: (row, column)."""
+        found = self._targets.get((first, last))
+        if found is None:
+            assert self.target is not None
+            position, row = self.target[first:last].sort()
+            edges = torch.arange(0, self.problem.vocabulary + self.shape[1], self.shape[1], device=position.device)
+            found = position, row, torch.searchsorted(position, edges).tolist()
+            self._targets[first, last] = found
+        position, row, edges = found
+        begin, end = edges[start // self.shape[1]], edges[start // self.shape[1] + 1]
+        return row[begin:end], position[begin:end] - start
 
     def set_in(self, first: int, last: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The entries of the rows' column sets inside a tile, as (row, column) within it."""
@@ -204,8 +211,8 @@ class Running:
             # A product rather than 0 * inf where a class without probability has an infinite logit is not meant.
             self.target += (logits * target[self.first : self.last, start:stop].to(logits.dtype)).sum(1)
             return
-        inside, local = self.tiles.target_in(self.first, self.last, start, stop)
-        self.target = torch.where(inside, logits.gather(1, local[:, None]).squeeze(1), self.target)
+        row, column = self.tiles.targets_in(self.first, self.last, start)
+        self.target[row] = logits[row, column]
 
     def _update_moments(self, logits: Tensor, start: int, stop: int) -> None:
         """Chan's merge of two sets' mean and sum of squared deviations."""
