@@ -133,11 +133,15 @@ def training_table(records: list[dict], logits_bytes: int) -> str:
         row += [f"{record['median'] / base[name]:.2f}" if name in base else "-" for name in (STOCK, CHUNKED)]
         row += [f"{record['hidden_error']:.2e}", f"{record['weight_error']:.2e}"]
         beyond = record.get("beyond_gradients")
-        row += [megabytes(beyond), "-" if beyond is None else f"1/{logits_bytes / max(beyond, 1):.0f}"]
+        row += [megabytes(beyond), "-" if beyond is None else share_of(beyond, logits_bytes)]
         row += [megabytes(record.get("resident"))]
         rows.append(row)
     columns = ["loss", "seconds", "x stock", "x chunked", "hidden error", "weight error"]
     return markdown_table([*columns, "MB beyond gradients", "of the logits", "MB resident, with gradients"], rows)
+
+
+def share_of(part: float, whole: float) -> str:
+    return f"{part / whole:.1f} x" if part > whole else f"1/{whole / max(part, 1):.0f}"
 
 
 def forward_table(records: list[dict]) -> str:

@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,18 +146,15 @@ def train(setting: str, seed: int, configuration: Configuration, text: Text) -> 
     every = max(steps // 10, 1)
     curve: list[list[float]] = []  # [step, loss], as JSON gives them back
     kept: list[list[float]] = []
-    seconds = 0.0
     bar = tqdm(
         itertools.islice(batches(text.train, configuration, seed), steps), total=steps, desc=f"{setting}, seed {seed}"
     )
     for step, (tokens, target) in enumerate(bar, start=1):
-        start = time.perf_counter()
         loss = loss_function(model(tokens), model.head.weight, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         scheduler.step()
-        seconds += time.perf_counter() - start
         if not math.isfinite(loss.item()):
             break
         if step % every == 0 or step == steps:
@@ -174,7 +170,6 @@ def train(setting: str, seed: int, configuration: Configuration, text: Text) -> 
         "validation_loss": curve[-1][1] if finished else None,
         "curve": [point for point in curve if math.isfinite(point[1])],
         "kept_share": kept,
-        "seconds_a_step": seconds / step,
     }
 
 
@@ -211,7 +206,6 @@ def training_table(runs: list[dict]) -> str:
                 f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-",
                 f"{statistics.mean(apart):+.4f}" if apart else "-",
                 f"{kept[0][0][1]:.2%} to {kept[0][-1][1]:.2%}" if kept else "100 %",
-                f"{statistics.median(run['seconds_a_step'] for run in same):.3f}",
             ]
         )
     columns = [
@@ -221,7 +215,6 @@ def training_table(runs: list[dict]) -> str:
         "deviation",
         "from exact",
         "entries kept",
-        "seconds a step",
     ]
     return markdown_table(columns, rows)
 

@@ -9,6 +9,16 @@ from xhead.engines.problem import FilterOptions, Problem
 from xhead.statistics import filter_threshold, row_statistics
 
 
+@pytest.fixture(autouse=True)
+def filter_always(request):
+    """The filter at work also where it would stand aside, but for the tests of just that."""
+    if "aside" in request.node.name:
+        yield
+    else:
+        with skipping.always():
+            yield
+
+
 def language_like(rows=700, classes=8000, size=48, seed=0, dtype=torch.float32):
     """Hidden states and weights with a frequency direction, topics, and targets that the model mostly expects."""
     generator = torch.Generator().manual_seed(seed)
@@ -183,6 +193,16 @@ def test_argmax_names_the_class_and_not_its_place_in_the_order():
     logits = hidden @ weight.T
     assert torch.equal(found.argmax, logits.argmax(-1))
     assert torch.allclose(found.target, logits.gather(1, target[:, None]).squeeze(1), atol=1e-4)
+
+
+def test_stands_aside_where_it_does_not_pay(monkeypatch):
+    """By a few rows: where most would be kept, the gradient is the exact one and no tile is recorded."""
+    inputs = language_like(dtype=torch.float64)
+    monkeypatch.setattr(skipping, "Recorder", None)
+    exact, stood_aside = (gradients(*inputs, filter_eps=eps) for eps in (None, 2**-16))
+    assert all(torch.equal(mine, true) for mine, true in zip(stood_aside, exact, strict=True))
+    with skipping.always(), pytest.raises(TypeError):
+        gradients(*inputs, filter_eps=2**-16)
 
 
 def test_stands_aside_where_nothing_can_be_skipped():

@@ -25,6 +25,9 @@ hidden state. Tiles too dense for a sparse product are multiplied out whole; wha
 entries is found again in the backward.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -37,7 +40,7 @@ from xhead.engines.tiles import Rows, Running, Tiles, tile_shape
 _DENSE_SHARE = 1 / 8  # kept share of a tile above which two dense products cost less than two sparse ones
 _ROW_BYTES, _ENTRY_BYTES = 1 << 21, 1 << 20  # from forward to backward: row masses and kept entries, whatever N and V
 _PROBE_ROWS = 8
-_PROBE_SHARE = 0.3  # kept share of the probed rows above which the exact gradient is faster
+_PROBE_SHARE = 1 / 40  # kept share of the probed rows above which the exact gradient is about as fast, or faster
 SAVED, FOUND_AGAIN, DENSE = 0, 1, 2
 _COMPATIBLE = {"lse", "target", "max", "argmax", "mean", "variance", "subset_lse"}
 
@@ -113,7 +116,8 @@ def class_order(problem: Problem, rows: Rows) -> Tensor | None:
         total += rows.hidden(start, stop).sum(0)
     probed = [total[None] / max(rows.count, 1)]
     # A row keeps at most 1 / threshold entries.
-    if rows.count and 1 / problem.filter.threshold > _PROBE_SHARE * problem.vocabulary:
+    most = _most_kept.get()
+    if rows.count and 1 / problem.filter.threshold > most * problem.vocabulary:
         step = -(-rows.count // _PROBE_ROWS)
         probed += [rows.hidden(row, row + 1) for row in range(step // 2, rows.count, step)]
     directions = torch.cat(probed).T.contiguous()
@@ -124,13 +128,26 @@ def class_order(problem: Problem, rows: Rows) -> Tensor | None:
         products += problem.bias[:, None]
     if directions.shape[1] > 1:
         p = cap(products[:, 1:] * problem.scale, problem.softcap).softmax(0)
-        if (p >= problem.filter.threshold).float().mean() > _PROBE_SHARE:
+        if (p >= problem.filter.threshold).float().mean() > most:
             return None
     # An order must exist for NaN too, so that it comes out of the statistics and not of the sort.
     return products[:, 0].nan_to_num().argsort(descending=True).int()
 
 
 _PROBE_CLASSES = 4096
+
+
+_most_kept = ContextVar("_most_kept", default=_PROBE_SHARE)
+
+
+@contextmanager
+def always() -> Iterator[None]:
+    """Within it the filter never stands aside: to measure and test it where it does not pay."""
+    token = _most_kept.set(1.0)
+    try:
+        yield
+    finally:
+        _most_kept.reset(token)
 
 
 def restore(tensors: list[Tensor]) -> SkippingState | None:
