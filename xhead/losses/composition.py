@@ -53,7 +53,7 @@ class SumLoss:
 
     @property
     def call_options(self) -> frozenset[str]:
-        return frozenset[str]().union(*(loss.call_options for _, loss in self.terms))
+        return frozenset(option for _, loss in self.terms for option in loss.call_options)
 
     def __call__(self, logits: Any, labels: Tensor, **call_options: Any) -> Tensor:
         """Each call option goes to the terms that take it. Raises ValueError where none does."""
@@ -78,6 +78,9 @@ def check_call_options(name: Any, known: frozenset[str], given: dict[str, Any]) 
         )
 
 
+_OF_OTHER_STATISTICS = ("mean_weight", "values", "columns")
+
+
 class SharedLogits(LazyLogits):
     """Lazy logits whose lse is computed once for all who ask for it with the same options: one pass, one backward."""
 
@@ -98,8 +101,8 @@ class SharedLogits(LazyLogits):
             options.pop("row_mask", None)
         if "lse" not in names or "row_mask" in options:
             return super().statistics(*names, target=target, **options)
-        deciding = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
-        key = (torch.is_grad_enabled(), *sorted(deciding.items(), key=lambda item: item[0]))
+        deciding = sorted(name for name in options if name not in _OF_OTHER_STATISTICS)
+        key = (torch.is_grad_enabled(), *((name, options[name]) for name in deciding))
         rest = tuple(name for name in names if name != "lse") if key in self._lse_by_options else names
         found = super().statistics(*rest, target=target, **options) if rest else Statistics()
         if "lse" in rest:
