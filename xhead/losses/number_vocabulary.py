@@ -27,7 +27,7 @@ class NumberTokens(NamedTuple):
     def positions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each label is a number token, and its position among them (0 where it is none): both as `labels`."""
         token_ids = self.token_ids.to(labels.device)
-        position = torch.searchsorted(token_ids, labels.contiguous()).clamp(max=len(token_ids) - 1)
+        position = torch.searchsorted(token_ids, labels.long().contiguous()).clamp(max=len(token_ids) - 1)
         found = token_ids[position] == labels
         return found, position.masked_fill(~found, 0)
 
