@@ -94,25 +94,34 @@ def get_loss(loss: str | Callable[[Any, Tensor], Tensor], **options: Any) -> Reg
         return UserLoss(loss)
     if not isinstance(loss, str):
         raise TypeError(f"loss must be a name or a callable, got {loss!r}; names are {_known_losses()}")
-    terms = parse_sum(loss)
-    for _, name in terms:
-        if name not in _REGISTRY:
-            within = "" if name == loss else f" in {loss!r}"
-            raise ValueError(f"unknown loss {name!r}{within}; known are {_known_losses()}, or give a callable")
-    known = {name: [field.name for field in fields(_REGISTRY[name].config) if field.init] for _, name in terms}
-    every = list(dict.fromkeys(option for options_of_term in known.values() for option in options_of_term))
-    unknown = [option for option in options if option not in every]
+    known = list_options(loss)
+    unknown = [option for option in options if option not in known]
     if unknown:
-        raise ValueError(f"unknown option {', '.join(unknown)} for loss {loss!r}; known are {', '.join(every)}")
+        raise ValueError(f"unknown option {', '.join(unknown)} for loss {loss!r}; known are {', '.join(known)}")
+    terms = parse_sum(loss)
     losses = [
         RegisteredLoss(
-            name, _REGISTRY[name].config(**{key: value for key, value in options.items() if key in known[name]})
+            name, _REGISTRY[name].config(**{key: value for key, value in options.items() if key in _options_of(name)})
         )
         for _, name in terms
     ]
     if len(terms) == 1 and terms[0][0] == 1:
         return losses[0]
     return SumLoss(tuple((factor, each) for (factor, _), each in zip(terms, losses, strict=True)))
+
+
+def list_options(loss: str) -> list[str]:
+    """The options of a loss named by a string, or of all terms of a sum. Raises ValueError as `get_loss` does."""
+    terms = parse_sum(loss)
+    for _, name in terms:
+        if name not in _REGISTRY:
+            within = "" if name == loss else f" in {loss!r}"
+            raise ValueError(f"unknown loss {name!r}{within}; known are {_known_losses()}, or give a callable")
+    return list(dict.fromkeys(option for _, name in terms for option in _options_of(name)))
+
+
+def _options_of(name: str) -> list[str]:
+    return [field.name for field in fields(_REGISTRY[name].config) if field.init]
 
 
 def _known_losses() -> str:
