@@ -16,6 +16,7 @@ from recipes.arithmetic.compare import main, run
 from recipes.arithmetic.encoding import ANSWER, END, IGNORED, PAD, Batches, character_tokenizer
 from recipes.arithmetic.options import DataOptions, parse_options
 from recipes.arithmetic.problems import Problem, load_problems
+from recipes.arithmetic.report import table
 from recipes.arithmetic.scores import score, summary, verdict
 from recipes.one_billion_word.errors import RecipeError
 
@@ -191,3 +192,9 @@ def test_other_models(model, tmp_path: Path):
     assert 0 <= scores["exact_match"] <= 1
     result = json.loads((tmp_path / "cce+0.3xntl_mse-1" / "result.json").read_text())
     assert len(result["examples"]) == 20
+
+
+def test_the_readme_shows_the_measured_table():
+    folder = Path(__file__).parent.parent / "recipes" / "arithmetic"
+    measured = json.loads((folder / "results" / "results.json").read_text())
+    assert table(measured["runs"]) in (folder / "README.md").read_text()
