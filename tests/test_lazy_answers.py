@@ -187,3 +187,11 @@ def test_logits_of_some_classes_are_single_precision():
         exact = F.linear(pair.hidden.double(), pair.weight[classes].double(), pair.bias[classes].double())
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
     assert not pair.lazy.detach().class_logits(classes).requires_grad
+
+
+def test_logits_of_some_classes_of_a_sum():
+    one, two = Pair(), Pair()
+    lazy, dense = one.lazy * 0.5 + two.lazy, one.dense * 0.5 + two.dense
+    classes = torch.tensor([9, 0, 3])
+    torch.testing.assert_close(lazy.class_logits(classes), dense[..., classes])
+    assert one.lazy._record.materialized == 0
