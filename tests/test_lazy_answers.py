@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.pair import CLASSES, ROWS, WIDTH, Pair, loss_of
+from tests.test_lazy import REPLAYED, STEPS
 from xhead.lazy import LazyLogits
 from xhead.standin import Record
 
@@ -158,3 +159,39 @@ def test_double_backward():
     first, expected = (pair.gradients(loss_of(o), create_graph=True)[0] for o in (pair.lazy, pair.dense))
     for a, b in zip(pair.gradients(first.square().sum()), pair.gradients(expected.square().sum()), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", [*STEPS, *REPLAYED])
+def test_logits_of_some_classes(name):
+    pair = Pair()
+    step = STEPS.get(name) or REPLAYED[name]
+    lazy, dense = step(pair.lazy, pair), step(pair.dense, pair)
+    classes = torch.tensor([4, 1, 4, 2])
+    actual, expected = lazy.class_logits(classes), dense[..., classes]
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    ours, stock = (pair.gradients((each * upstream).sum()) for each in (actual, expected))
+    # A cast to float32 rounds the stock gradients.
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6 if name == "float" else 1e-9)
+    assert pair.lazy._record.materialized == 0
+    with pytest.raises(IndexError, match="class 11 is out of bounds"):
+        lazy.class_logits(torch.tensor([0, 11]))
+
+
+def test_logits_of_some_classes_are_single_precision():
+    pair = Pair(dtype=torch.bfloat16)
+    classes = torch.tensor([4, 1])
+    for lazy in (pair.lazy, pair.lazy.float()):
+        found = lazy.class_logits(classes)
+        assert found.dtype == torch.float32
+        exact = F.linear(pair.hidden.double(), pair.weight[classes].double(), pair.bias[classes].double())
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert not pair.lazy.detach().class_logits(classes).requires_grad
+
+
+def test_logits_of_some_classes_of_a_sum():
+    one, two = Pair(), Pair()
+    lazy, dense = one.lazy * 0.5 + two.lazy, one.dense * 0.5 + two.dense
+    classes = torch.tensor([9, 0, 3])
+    torch.testing.assert_close(lazy.class_logits(classes), dense[..., classes])
+    assert one.lazy._record.materialized == 0

@@ -60,6 +60,7 @@ def _train(rank, folder, tied):
             status = xhead.status(model)
             assert (status.cut, status.materialized) == (1, 0), name
         _train_with_split_head(mesh, tied)
+        _train_on_numbers(mesh, rank, tied)
     finally:
         dist.destroy_process_group()
 
@@ -77,6 +78,22 @@ def _train_with_split_head(mesh, tied):
     assert any("split over devices" in str(warning.message) for warning in caught)
     torch.testing.assert_close(_full(loss), plain(**tokens()).loss)
     assert xhead.status(model).operations == {"DTensor weight": 1}
+
+
+def _train_on_numbers(mesh, rank, tied):
+    """A loss that reads rows of the weight beside the statistics."""
+    numbers = {"token_ids": list(range(10, 50)), "values": [each % 10 for each in range(10, 50)]}
+    text = "cce+0.3*ntl_was+0.2*ntl_number"
+    plain, model = twins("LlamaForCausalLM", tie_word_embeddings=tied)
+    for each in (plain, model):
+        xhead.patch(each, loss=text, reweigh=True, **numbers)
+    for seed in range(RANKS):
+        (plain(**tokens(seed=seed)).loss / RANKS).backward()
+    model = _shard_whole(model, mesh) if tied else _shard_head_apart(model, mesh)
+    model(**tokens(seed=rank)).loss.backward()
+    for (key, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(_full(actual.grad), expected.grad, msg=lambda text, k=key: f"{k} {text}")
+    assert xhead.status(model).materialized == 0
 
 
 @pytest.mark.parametrize("tied", [False, True])

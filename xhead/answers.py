@@ -66,7 +66,8 @@ def _loss_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss rows, their targets, and which rows they are (None: all, with 0 for a row that is left out)."""
     index = None
-    if torch.compiler.is_compiling() or target.device.type != "cpu":
+    loss = logits._record.loss or get_loss("cce")
+    if loss.ordered or torch.compiler.is_compiling() or target.device.type != "cpu":
         # Finding which rows count would make the host wait for the device; the engines are given the mask instead.
         logits = logits._like()
         logits._row_mask = kept
@@ -74,7 +75,6 @@ def _loss_rows(
     elif not kept.all():
         index = kept.nonzero().squeeze(1)
         logits, target = logits[index], target[index]
-    loss = logits._record.loss or get_loss("cce")
 
     def compute(bound: LazyLogits) -> Tensor:
         labels = target.to(bound._terms[0].hidden.device)

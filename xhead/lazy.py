@@ -18,7 +18,7 @@ from xhead import pointwise, replay
 from xhead.pointwise import Steps
 from xhead.recording import Recording
 from xhead.standin import Record
-from xhead.statistics import Statistics, row_statistics
+from xhead.statistics import Statistics, check_range, row_statistics
 
 
 class Projection(Protocol):
@@ -219,6 +219,30 @@ class LazyLogits(Recording):
 
         values = self.evaluate(compute)
         return Statistics(**dict(zip(names, values, strict=True)))
+
+    def class_logits(self, classes: Tensor) -> Tensor:  # (J,) int64
+        """The logits of these classes alone, (..., J): J rows of the weight meet the hidden states, and no others.
+
+        float32 (float64 for float64 logits), differentiable. Raises IndexError for a class outside `[0, V)`.
+        """
+        check_range("class", classes, self._classes)
+
+        def compute(bound: LazyLogits) -> Tensor:
+            hidden, factors = bound._terms[0].hidden, bound._factors()
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            index = classes.to(factors.weight.device)
+            steps = tuple(step for step in pointwise.of_classes(bound._steps, index) if step[0] != "cast")
+            with torch.autocast(hidden.device.type, enabled=False):
+                weight = factors.weight.index_select(0, index).to(dtype)
+                bias = None if factors.bias is None else factors.bias[index].to(dtype)
+                return pointwise.replay(steps, F.linear(hidden.to(dtype), weight, bias))
+
+        return self.evaluate(compute).to(self.device)
+
+    @property
+    def row_mask(self) -> Tensor | None:
+        """(...) bool: the rows that a loss counts, where the others were not taken out; None where all count."""
+        return self._row_mask
 
     def evaluate(self, function: Callable[["LazyLogits"], Any]) -> Any:
         """`function(logits)` with the same logits, their weight at hand; its tensors leave through the head's hooks."""

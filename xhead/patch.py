@@ -33,13 +33,14 @@ def patch(
 
     Args:
         model: a `transformers` model with a linear output projection, tied or not; or one that a PEFT adapter wraps.
-        loss: a name of `xhead.list_losses()`, or `loss(logits, labels) -> rows` with `logits` a `LazyLogits` of shape
-            (n, V), `labels` (n,) int64 and `rows` (n,), one number a row. Ignored rows, the reduction and
+        loss: a name of `xhead.list_losses()`, a sum of such with factors (`"cce+0.3*ntl_was"`), or
+            `loss(logits, labels) -> rows` with `logits` a `LazyLogits` of shape (n, V), `labels` (n,) int64 and `rows`
+            (n,), one number a row. Ignored rows, the reduction and
             `num_items_in_batch` stay with the model.
         head: a name of `xhead.list_heads()`; `"linear"` keeps the model's own projection.
         lazy_eval: lazy logits without gradients too, for evaluation that wants the loss or the predicted classes alone;
             the Trainer's `compute_metrics` wants the logits and cannot gather these.
-        options: options of the loss.
+        options: options of the loss; in a sum, each goes to every term that has it.
 
     Returns:
         The model, patched in place. A second call with the same arguments changes nothing.

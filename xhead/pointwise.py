@@ -61,10 +61,10 @@ def describe(steps: Steps) -> str:
     return ", ".join(words)
 
 
-def slice_classes(steps: Steps, start: int, stop: int) -> Steps:
-    """The same steps for the classes `start` to `stop` alone."""
+def of_classes(steps: Steps, classes: slice | Tensor) -> Steps:
+    """The same steps for some of the classes alone, given as a slice or as indices (J,)."""
     return tuple(
-        (name, argument[start:stop]) if isinstance(argument, Tensor) and argument.ndim == 1 else (name, argument)
+        (name, argument[classes]) if isinstance(argument, Tensor) and argument.ndim == 1 else (name, argument)
         for name, argument in steps
     )
 

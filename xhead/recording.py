@@ -329,5 +329,5 @@ class Recording(StandIn):
         other = self._like()
         other._columns = (offset + start, offset + stop)
         other._classes = stop - start
-        other._steps = pointwise.slice_classes(self._steps, start, stop)
+        other._steps = pointwise.of_classes(self._steps, slice(start, stop))
         return other

@@ -1,21 +1,40 @@
 """Losses by name: each a short function of (`LazyLogits`, labels) with one number a row, and a config dataclass."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-_REGISTRY: dict[str, tuple[Callable[..., Tensor], type]] = {}
+from xhead.losses.composition import SumLoss, check_call_options, parse_sum
 
 
-def register(name: str, config: type) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register `function(logits, labels, config, **call_options) -> rows` under a name; `config` is a dataclass."""
+class _Entry(NamedTuple):
+    function: Callable[..., Tensor]
+    config: type
+    call_options: frozenset[str]
+    ordered: bool
+
+
+_REGISTRY: dict[str, _Entry] = {}
+
+
+def register(
+    name: str, config: type, *, ordered: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register `function(logits, labels, config, **call_options) -> rows` under a name; `config` is a dataclass.
+
+    The call options are the function's keyword-only arguments. Rows that are ignored are not among the rows, unless
+    `ordered`: then every row is there, in its order, and `logits.row_mask` says which count (None: all).
+    """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in _REGISTRY:
             raise ValueError(f"a loss named {name!r} is registered already")
-        _REGISTRY[name] = (function, config)
+        parameters = inspect.signature(function).parameters.values()
+        call_options = frozenset(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+        _REGISTRY[name] = _Entry(function, config, call_options, ordered)
         return function
 
     return decorate
@@ -33,8 +52,17 @@ class RegisteredLoss:
     name: str
     config: Any
 
+    @property
+    def ordered(self) -> bool:
+        return _REGISTRY[self.name].ordered
+
+    @property
+    def call_options(self) -> frozenset[str]:
+        return _REGISTRY[self.name].call_options
+
     def __call__(self, logits: Any, labels: Tensor, **call_options: Any) -> Tensor:
-        return _REGISTRY[self.name][0](logits, labels, self.config, **call_options)
+        check_call_options(self.name, self.call_options, call_options)
+        return _REGISTRY[self.name].function(logits, labels, self.config, **call_options)
 
 
 @dataclass(frozen=True)
@@ -42,22 +70,20 @@ class UserLoss:
     """A user's own `loss(logits, labels) -> rows (n,)`."""
 
     function: Callable[[Any, Tensor], Tensor]
+    ordered = False
 
     def __call__(self, logits: Any, labels: Tensor, **call_options: Any) -> Tensor:
-        if call_options:
-            raise ValueError(
-                f"cross-entropy was called with {', '.join(call_options)}, which the loss "
-                f"{getattr(self.function, '__name__', self.function)!r} does not take; call it without, or patch with "
-                'loss="cce"'
-            )
+        check_call_options(getattr(self.function, "__name__", self.function), frozenset(), call_options)
         return self.function(logits, labels)
 
 
-def get_loss(loss: str | Callable[[Any, Tensor], Tensor], **options: Any) -> RegisteredLoss | UserLoss:
-    """The loss of that name with those options, or the callable itself.
+def get_loss(loss: str | Callable[[Any, Tensor], Tensor], **options: Any) -> RegisteredLoss | SumLoss | UserLoss:
+    """The loss of that name with those options, a sum of such (`"cce+0.3*ntl_was"`), or the callable itself.
 
-    Raises ValueError for an unknown name, an unknown option, or options given to a callable, and what the loss's config
-    raises for a value that it does not allow.
+    In a sum, an option goes to every term that has it, and numbers before a star are factors.
+
+    Raises ValueError for an unknown name, an option that no term has, a term that cannot be read, or options given to a
+    callable, and what a loss's config raises for a value that it does not allow.
     """
     if callable(loss):
         if options:
@@ -66,14 +92,40 @@ def get_loss(loss: str | Callable[[Any, Tensor], Tensor], **options: Any) -> Reg
                 "functools.partial"
             )
         return UserLoss(loss)
-    if loss not in _REGISTRY:
-        raise ValueError(f"unknown loss {loss!r}; known are {', '.join(list_losses())}, or give a callable")
-    config = _REGISTRY[loss][1]
-    known = [field.name for field in fields(config)]
-    unknown = [name for name in options if name not in known]
+    if not isinstance(loss, str):
+        raise TypeError(f"loss must be a name or a callable, got {loss!r}; names are {_known_losses()}")
+    known = list_options(loss)
+    unknown = [option for option in options if option not in known]
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)} for loss {loss!r}; known are {', '.join(known)}")
-    return RegisteredLoss(loss, config(**options))
+    terms = parse_sum(loss)
+    losses = [
+        RegisteredLoss(
+            name, _REGISTRY[name].config(**{key: value for key, value in options.items() if key in _options_of(name)})
+        )
+        for _, name in terms
+    ]
+    if len(terms) == 1 and terms[0][0] == 1:
+        return losses[0]
+    return SumLoss(tuple((factor, each) for (factor, _), each in zip(terms, losses, strict=True)))
 
 
-from xhead.losses import cross_entropy  # noqa: E402, F401  registers itself
+def list_options(loss: str) -> list[str]:
+    """The options of a loss named by a string, or of all terms of a sum. Raises ValueError as `get_loss` does."""
+    terms = parse_sum(loss)
+    for _, name in terms:
+        if name not in _REGISTRY:
+            within = "" if name == loss else f" in {loss!r}"
+            raise ValueError(f"unknown loss {name!r}{within}; known are {_known_losses()}, or give a callable")
+    return list(dict.fromkeys(option for _, name in terms for option in _options_of(name)))
+
+
+def _options_of(name: str) -> list[str]:
+    return [field.name for field in fields(_REGISTRY[name].config) if field.init]
+
+
+def _known_losses() -> str:
+    return ", ".join(list_losses())
+
+
+from xhead.losses import cross_entropy, number_level, number_tokens  # noqa: E402, F401  register themselves

@@ -11,33 +11,20 @@ import torch
 from torch import Tensor
 
 from xhead.losses import register
-from xhead.statistics import Statistics, filter_threshold, row_statistics
+from xhead.losses.options import StatisticsOptions
+from xhead.statistics import Statistics, row_statistics
 
 
 @dataclass(frozen=True)
-class CrossEntropyConfig:
+class CrossEntropyConfig(StatisticsOptions):
     """Options of the loss `"cce"`; see `xhead.linear_cross_entropy` for what they mean."""
 
     label_smoothing: float = 0.0
     lse_penalty: float = 0.0
-    filter_eps: float | str | None = "auto"
-    compensate: bool = True
-    filter_hidden_grad: bool = True
-    filter_weight_grad: bool = True
-    engine: str = "auto"
 
     def __post_init__(self) -> None:
         _check_smoothing(self.label_smoothing)
-        filter_threshold(self.filter_eps, torch.float32)
-
-    def statistics_options(self) -> dict[str, Any]:
-        return {
-            "filter_eps": self.filter_eps,
-            "compensate": self.compensate,
-            "filter_hidden_grad": self.filter_hidden_grad,
-            "filter_weight_grad": self.filter_weight_grad,
-            "engine": self.engine,
-        }
+        super().__post_init__()
 
 
 @register("cce", CrossEntropyConfig)
