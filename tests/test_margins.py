@@ -317,3 +317,19 @@ def test_a_positive_scale_makes_no_difference():
     assert torch.allclose(
         loss(xhead.LazyLogits(hidden, weight, scale=0.125), labels), loss(xhead.LazyLogits(hidden, weight), labels)
     )
+
+
+def test_a_low_rank_adapter_on_the_head_is_refused():
+    class Low(torch.nn.Linear):
+        def consume(self, hidden, function):
+            return function(hidden, self.weight, self.bias)
+
+        def trains(self):
+            return True
+
+    def lazy(size):
+        layer = Low(size, 20, bias=False)
+        return xhead.LazyLogits.deferred(torch.randn(4, size), layer, xhead.standin.Record(loss=get_loss("arcface")))
+
+    with pytest.raises(ValueError, match="low-rank adapter on the output projection"):
+        torch.nn.functional.cross_entropy(lazy(8) + lazy(2) * 0.5, torch.zeros(4, dtype=torch.int64))

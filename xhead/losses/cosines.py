@@ -71,8 +71,14 @@ def unit_logits(
 
     A positive scale of the logits given makes no difference to a cosine and falls away.
 
-    Raises ValueError for logits with a bias, a softcap or a scale that is not positive.
+    Raises ValueError for logits with a bias, a softcap or a scale that is not positive, and for those of a projection
+    with a low-rank adapter on it, whose sum's norms are not at hand.
     """
+    if bound._factors().joined:
+        raise ValueError(
+            "margin losses normalise the rows of the weight, and these logits are a sum of projections (a low-rank "
+            'adapter on the output projection); train it whole (PEFT: modules_to_save=["lm_head"]) or leave it frozen'
+        )
     if bound.bias is not None or bound.softcap is not None or not bound.scale > 0:
         bias = None if bound.bias is None else tuple(bound.bias.shape)
         raise ValueError(
