@@ -76,4 +76,4 @@ def get_loss(loss: str | Callable[[Any, Tensor], Tensor], **options: Any) -> Reg
     return RegisteredLoss(loss, config(**options))
 
 
-from xhead.losses import cross_entropy, distillation, margins, pairs  # noqa: E402, F401  register themselves
+from xhead.losses import alignment, cross_entropy, distillation, margins, pairs  # noqa: E402, F401  register themselves
