@@ -5,6 +5,7 @@ import torch
 
 import xhead
 from tests.dense import dense_logits, relative_error
+from tests.largest import Largest
 from tests.tiny import tiny, tokens
 from xhead.losses import distillation
 
@@ -121,6 +122,14 @@ def test_peaks_and_equals(name):
     same = LOSSES[name][0](xhead.LazyLogits(*student), xhead.LazyLogits(*student))
     assert same.abs().max() < 1e-5
     assert all(g.abs().max() < 1e-4 for g in torch.autograd.grad(same.sum(), student))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_memory_is_that_of_a_tile(name):
+    student, teacher = operands(3, rows=2100), operands(2, rows=2100, seed=1)
+    with Largest() as seen:
+        LOSSES[name][0](xhead.LazyLogits(*student), xhead.LazyLogits(*teacher)).sum().backward()
+    assert seen.numel <= 1024 * 512
 
 
 def test_dtypes_may_differ():

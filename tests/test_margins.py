@@ -8,8 +8,9 @@ import torch
 
 import xhead
 from tests.dense import relative_error
+from tests.largest import Largest
 from tests.tiny import tokens, twins
-from xhead.losses import get_loss
+from xhead.losses import get_loss, vectors
 
 ROWS, CLASSES, SIZE = 37, 601, 11
 SCALE = 16.0
@@ -147,6 +148,19 @@ def test_nothing_to_do(name):
     rows = loss_of(name)(xhead.LazyLogits(hidden, one), torch.zeros_like(labels))
     assert not rows.any()
     assert all(not g.any() for g in torch.autograd.grad(rows.sum(), (hidden, weight)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_that_of_a_block(name, monkeypatch):
+    hidden, weight, labels = inputs(rows=200, name=name)
+    block = 10 * weight.shape[0]
+    monkeypatch.setattr(vectors, "BLOCK_BYTES", 4 * block)
+    loss = loss_of(name)
+    with Largest() as seen:
+        loss(xhead.LazyLogits(hidden, weight), labels).sum().backward()
+    assert seen.numel <= max(block, weight.numel())
+    (whole,) = torch.autograd.grad(dense_rows(name, hidden, weight, labels).sum(), weight)
+    assert relative_error(weight.grad, whole) < 1e-9
 
 
 @pytest.mark.parametrize("name", NAMES)

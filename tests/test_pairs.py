@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.dense import relative_error
+from tests.largest import Largest
 from xhead.losses import pairs, vectors
 
 COUNT, SIZE = 23, 7
@@ -150,6 +151,18 @@ def test_small_batches(name, count):
         assert gradient.isfinite().all()
     if count == 0 or ("other" not in name and name != "siglip"):
         assert loss == 0
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "reference" not in name])
+def test_memory_is_that_of_a_block(name, monkeypatch):
+    count = 60 if name == "auc" else 300
+    block = count * count // 10
+    for module in (pairs, vectors):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 4 * block)
+    x, y, labels, other_labels = inputs(count=count)
+    with Largest() as seen:
+        LOSSES[name][0](x, y, labels, other_labels).backward()
+    assert seen.numel <= max(block, count * SIZE)
 
 
 def test_scale_and_bias_of_siglip_are_trained():
