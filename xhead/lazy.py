@@ -34,10 +34,13 @@ class Projection(Protocol):
 
 
 class Factors:
-    """A projection whose weight and bias are at hand."""
+    """A projection whose weight and bias are at hand.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight, self.bias = weight, bias
+    joined: it stands for a sum of projections, `[h1, h2] [W1, W2]'`, whose rows do not have that sum's norms.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, joined: bool = False):
+        self.weight, self.bias, self.joined = weight, bias, joined
         self.out_features = weight.shape[0]
 
     def consume(self, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
@@ -279,7 +282,8 @@ class LazyLogits(Recording):
         if any(step == ("cast", torch.float64) for step in self._steps):
             hidden, weight, bias = hidden.double(), weight.double(), None if bias is None else bias.double()
         bound = self._like()
-        bound._terms = (Term(hidden, Factors(weight, bias), 1.0),)
+        joined = len(gathered) > 1 or getattr(self._terms[0].projection, "joined", False)
+        bound._terms = (Term(hidden, Factors(weight, bias, joined), 1.0),)
         bound._steps = steps
         bound._columns = None
         bound._compute_dtype = hidden.dtype

@@ -260,7 +260,7 @@ def _compressed_columns(
                 f"columns must be integers of shape {(*rows_shape, 'K')} or sparse CSR, got {columns.dtype} of shape "
                 f"{tuple(columns.shape)}"
             )
-        padded = columns.reshape(rows, -1).long()
+        padded = columns.reshape(rows, columns.shape[-1]).long()
         row, position = (padded != -1).nonzero(as_tuple=True)
         flat = padded[row, position]
     check_range("column", flat, classes)

@@ -128,4 +128,12 @@ def _known_losses() -> str:
     return ", ".join(list_losses())
 
 
-from xhead.losses import cross_entropy, number_level, number_tokens  # noqa: E402, F401  register themselves
+from xhead.losses import (  # noqa: E402  register themselves
+    alignment,  # noqa: F401
+    cross_entropy,  # noqa: F401
+    distillation,  # noqa: F401
+    margins,  # noqa: F401
+    number_level,  # noqa: F401
+    number_tokens,  # noqa: F401
+    pairs,  # noqa: F401
+)
