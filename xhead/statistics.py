@@ -104,7 +104,7 @@ def row_statistics(
     _check_names(names, target=target, values=values, columns=columns, pointwise=pointwise)
     _check_pointwise(pointwise, pointwise_parameters)
     target = _flat_target(target, rows_shape, weight, row_mask)
-    row_offsets, flat_columns = compressed_columns(columns, rows_shape, weight)
+    sets = (None, None) if columns is None else compressed_columns(columns, rows_shape, weight.shape[0])
     problem = Problem(
         hidden=flat,
         weight=weight,
@@ -112,8 +112,8 @@ def row_statistics(
         bias=bias,
         target=target,
         values=_flat_values(values, weight),
-        row_offsets=row_offsets,
-        columns=flat_columns,
+        row_offsets=sets[0],
+        columns=sets[1],
         mean_weight=_class_vector("mean_weight", mean_weight, weight),
         pointwise=pointwise,
         pointwise_parameters=tuple(float(parameter) for parameter in pointwise_parameters),
@@ -269,16 +269,12 @@ def _flat_values(values: Tensor | None, weight: Tensor) -> Tensor | None:
     return values.reshape(values.shape[0], -1)
 
 
-def compressed_columns(
-    columns: Tensor | None, rows_shape: torch.Size, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def compressed_columns(columns: Tensor, rows_shape: torch.Size, classes: int) -> tuple[Tensor, Tensor]:
     """Per-row column sets as (offsets, columns), without repeats.
 
     columns: (..., K) class indices, -1 for none, or sparse CSR (N, V) -> (N + 1,), (sum of the sets' sizes,)
     """
-    if columns is None:
-        return None, None
-    rows, classes = rows_shape.numel(), weight.shape[0]
+    rows = rows_shape.numel()
     if columns.layout == torch.sparse_csr:
         if columns.shape != (rows, classes):
             raise RuntimeError(f"sparse columns must have shape {(rows, classes)}, got {tuple(columns.shape)}")
@@ -290,7 +286,7 @@ def compressed_columns(
                 f"columns must be integers of shape {(*rows_shape, 'K')} or sparse CSR, got {columns.dtype} of shape "
                 f"{tuple(columns.shape)}"
             )
-        padded = columns.reshape(rows, -1).long()
+        padded = columns.reshape(rows, columns.shape[-1]).long()
         row, position = (padded != -1).nonzero(as_tuple=True)
         flat = padded[row, position]
     check_range("column", flat, classes)

@@ -1,29 +1,57 @@
 """Losses by name: each a short function of (`LazyLogits`, labels) with one number a row, and a config dataclass."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-_REGISTRY: dict[str, tuple[Callable[..., Tensor], type]] = {}
+
+class Entry(NamedTuple):
+    """A loss of the registry, and what the table of losses says of it."""
+
+    function: Callable[..., Tensor]
+    config: type
+    formula: str
+    statistics: tuple[str, ...]
+    source: str
+    call_options: tuple[str, ...]  # options of `F.cross_entropy` that the function takes
 
 
-def register(name: str, config: type) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register `function(logits, labels, config, **call_options) -> rows` under a name; `config` is a dataclass."""
+_REGISTRY: dict[str, Entry] = {}
+
+
+def register(
+    name: str, config: type, *, formula: str = "", statistics: tuple[str, ...] = (), source: str = ""
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register `function(logits, labels, config, **call_options) -> rows` under a name; `config` is a dataclass.
+
+    formula, statistics, source: the loss in a line, the names of the row statistics that it asks for, and its paper.
+    """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in _REGISTRY:
             raise ValueError(f"a loss named {name!r} is registered already")
-        _REGISTRY[name] = (function, config)
+        _REGISTRY[name] = Entry(function, config, formula, statistics, source, _keywords(function))
         return function
 
     return decorate
 
 
+def _keywords(function: Callable[..., Tensor]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+
 def list_losses() -> list[str]:
     """The names that `xhead.patch(model, loss=...)` knows, sorted."""
     return sorted(_REGISTRY)
+
+
+def describe_loss(name: str) -> Entry:
+    """The registry's entry of that name."""
+    return _REGISTRY[name]
 
 
 @dataclass(frozen=True)
@@ -34,7 +62,9 @@ class RegisteredLoss:
     config: Any
 
     def __call__(self, logits: Any, labels: Tensor, **call_options: Any) -> Tensor:
-        return _REGISTRY[self.name][0](logits, labels, self.config, **call_options)
+        entry = _REGISTRY[self.name]
+        _refuse([option for option in call_options if option not in entry.call_options], self.name)
+        return entry.function(logits, labels, self.config, **call_options)
 
 
 @dataclass(frozen=True)
@@ -44,13 +74,16 @@ class UserLoss:
     function: Callable[[Any, Tensor], Tensor]
 
     def __call__(self, logits: Any, labels: Tensor, **call_options: Any) -> Tensor:
-        if call_options:
-            raise ValueError(
-                f"cross-entropy was called with {', '.join(call_options)}, which the loss "
-                f"{getattr(self.function, '__name__', self.function)!r} does not take; call it without, or patch with "
-                'loss="cce"'
-            )
+        _refuse(list(call_options), getattr(self.function, "__name__", self.function))
         return self.function(logits, labels)
+
+
+def _refuse(call_options: list[str], name: Any) -> None:
+    if call_options:
+        raise ValueError(
+            f"cross-entropy was called with {', '.join(call_options)}, which the loss {name!r} does not take; call it "
+            'without, or patch with loss="cce"'
+        )
 
 
 def get_loss(loss: str | Callable[[Any, Tensor], Tensor], **options: Any) -> RegisteredLoss | UserLoss:
@@ -76,4 +109,4 @@ def get_loss(loss: str | Callable[[Any, Tensor], Tensor], **options: Any) -> Reg
     return RegisteredLoss(loss, config(**options))
 
 
-from xhead.losses import cross_entropy  # noqa: E402, F401  registers itself
+from xhead.losses import cross_entropy, ldr, moments, multilabel, probability, robust, stablemax  # noqa: E402, F401

@@ -11,36 +11,29 @@ import torch
 from torch import Tensor
 
 from xhead.losses import register
-from xhead.statistics import Statistics, filter_threshold, row_statistics
+from xhead.losses.config import FilterConfig
+from xhead.statistics import Statistics, row_statistics
 
 
 @dataclass(frozen=True)
-class CrossEntropyConfig:
+class CrossEntropyConfig(FilterConfig):
     """Options of the loss `"cce"`; see `xhead.linear_cross_entropy` for what they mean."""
 
     label_smoothing: float = 0.0
     lse_penalty: float = 0.0
-    filter_eps: float | str | None = "auto"
-    compensate: bool = True
-    filter_hidden_grad: bool = True
-    filter_weight_grad: bool = True
-    engine: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_smoothing(self.label_smoothing)
-        filter_threshold(self.filter_eps, torch.float32)
-
-    def statistics_options(self) -> dict[str, Any]:
-        return {
-            "filter_eps": self.filter_eps,
-            "compensate": self.compensate,
-            "filter_hidden_grad": self.filter_hidden_grad,
-            "filter_weight_grad": self.filter_weight_grad,
-            "engine": self.engine,
-        }
 
 
-@register("cce", CrossEntropyConfig)
+@register(
+    "cce",
+    CrossEntropyConfig,
+    formula="-log p_y, with label smoothing, class weights, lse_penalty lse^2",
+    statistics=("lse", "target", "mean"),
+    source="cut cross-entropy, arXiv 2411.09009",
+)
 def cross_entropy_rows(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)

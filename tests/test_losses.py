@@ -1,0 +1,366 @@
+"""Every loss of the registry against its formula on dense float64 logits, through every way of calling it."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import xhead
+from benchmarks.measure import peak_memory
+from tests.dense import dense_logits, relative_error
+from tests.tiny import tokens, twins
+from xhead.losses import describe_loss, get_loss
+
+ROWS, CLASSES, SIZE = 41, 1031, 13
+
+
+def cross_entropy(logits, labels):
+    return -log_p(logits, labels)
+
+
+def log_p(logits, labels):
+    return logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def p(logits, labels):
+    return logits.softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def one_hot(logits, labels):
+    return F.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+
+
+def squentropy(logits, labels):
+    others = logits.square().masked_fill(one_hot(logits, labels).bool(), 0.0)
+    return cross_entropy(logits, labels) + others.sum(-1) / (logits.shape[-1] - 1)
+
+
+def comp_sum(logits, labels, tau):
+    odds = (logits - logits.gather(-1, labels[:, None])).exp().sum(-1) - 1
+    return (1 + odds).log() if tau == 1 else ((1 + odds) ** (1 - tau) - 1) / (1 - tau)
+
+
+def ldr_kl(logits, labels, temperature, margin):
+    margins = margin * (1 - one_hot(logits, labels))
+    exponent = (logits - logits.gather(-1, labels[:, None]) + margins) / temperature
+    return temperature * (exponent.logsumexp(-1) - math.log(logits.shape[-1]))
+
+
+def logit_clip(logits, labels, max_norm):
+    norm = logits.norm(dim=-1, keepdim=True)
+    return cross_entropy(torch.where(norm > max_norm, logits * max_norm / norm, logits), labels)
+
+
+def nce(logits, labels):
+    return log_p(logits, labels) / logits.log_softmax(-1).sum(-1)
+
+
+def rce(logits, labels, label_floor=1e-4):
+    return -(logits.softmax(-1) * one_hot(logits, labels).clamp(min=label_floor).log()).sum(-1)
+
+
+def mae(logits, labels):
+    return (logits.softmax(-1) - one_hot(logits, labels)).abs().sum(-1)
+
+
+def focal(logits, labels, gamma=2.0):
+    return -((1 - p(logits, labels)) ** gamma) * log_p(logits, labels)
+
+
+def stablemax(logits, labels):
+    numerator = torch.where(logits >= 0, logits + 1, 1 / (1 - logits))
+    return -(numerator / numerator.sum(-1, keepdim=True)).gather(-1, labels[:, None]).squeeze(-1).log()
+
+
+def asymmetric(logits, labels, gamma_positive=1.0, gamma_negative=4.0, margin=0.05):
+    right, x = one_hot(logits, labels), logits.sigmoid()
+    z = (x - margin).clamp(min=0)
+    wrong = -(z**gamma_negative) * (1 - z).log()
+    return (right * -((1 - x) ** gamma_positive) * x.log() + (1 - right) * wrong).sum(-1)
+
+
+DEFINITIONS = [
+    ("cce", {}, cross_entropy),
+    ("cce", {"lse_penalty": 0.1}, lambda o, y: cross_entropy(o, y) + 0.1 * o.logsumexp(-1) ** 2),
+    ("lse_penalty", {"coefficient": 0.3}, lambda o, y: 0.3 * o.logsumexp(-1) ** 2),
+    ("focal", {}, focal),
+    ("focal", {"gamma": 0.5}, lambda o, y: focal(o, y, 0.5)),
+    ("focal", {"gamma": 0.0}, cross_entropy),
+    ("poly1", {"epsilon": 1.5}, lambda o, y: cross_entropy(o, y) + 1.5 * (1 - p(o, y))),
+    ("gce", {}, lambda o, y: (1 - p(o, y) ** 0.7) / 0.7),
+    ("mae", {}, mae),
+    *[("comp_sum", {"tau": t}, lambda o, y, t=t: comp_sum(o, y, t)) for t in (0.0, 0.5, 1.0, 1.4, 2.0)],
+    ("squentropy", {}, squentropy),
+    ("maxsup", {"alpha": 0.2}, lambda o, y: cross_entropy(o, y) + 0.2 * (o.amax(-1) - o.mean(-1))),
+    ("nce", {}, nce),
+    ("rce", {"label_floor": 1e-3}, lambda o, y: rce(o, y, 1e-3)),
+    ("apl", {}, lambda o, y: nce(o, y) + rce(o, y)),
+    (
+        "apl",
+        {"alpha": 2.0, "beta": 0.5, "active": "focal", "gamma": 1.5, "passive": "mae"},
+        lambda o, y: 2 * focal(o, y, 1.5) + 0.5 * mae(o, y),
+    ),
+    ("apl", {"active": "ce", "beta": 0.1}, lambda o, y: cross_entropy(o, y) + 0.1 * rce(o, y)),
+    ("logit_clip", {"max_norm": 40.0}, lambda o, y: logit_clip(o, y, 40.0)),
+    ("ldr_kl", {}, lambda o, y: ldr_kl(o, y, 1.0, 0.0)),
+    ("ldr_kl", {"temperature": 0.4, "margin": 1.5}, lambda o, y: ldr_kl(o, y, 0.4, 1.5)),
+    ("stablemax", {}, stablemax),
+    ("sigmoid", {}, lambda o, y: F.binary_cross_entropy_with_logits(o, one_hot(o, y), reduction="none").sum(-1)),
+    ("asymmetric", {}, asymmetric),
+    (
+        "asymmetric",
+        {"gamma_positive": 0.0, "gamma_negative": 2.0, "margin": 0.0},
+        lambda o, y: asymmetric(o, y, 0.0, 2.0, 0.0),
+    ),
+]
+LINEAR_ONLY = ("logit_clip",)
+NEEDED = {"logit_clip": {"max_norm": 40.0}}
+defined = pytest.mark.parametrize(
+    ("name", "options", "definition"),
+    DEFINITIONS,
+    ids=[name + "".join(f"-{value}" for value in options.values()) for name, options, _ in DEFINITIONS],
+)
+registered = pytest.mark.parametrize("name", xhead.list_losses())
+
+
+def inputs(dtype=torch.float64, rows=ROWS, classes=CLASSES, size=SIZE, peak=0.3, seed=0):
+    """Logits whose norms lie on both sides of the clipping, and targets that are likely in half of the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((rows, size), (classes, size), (classes,))
+    hidden, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    hidden *= peak * torch.linspace(0.5, 2.0, rows, dtype=torch.float64)[:, None]
+    labels = torch.randint(classes, (rows,), generator=generator)
+    labels[::2] = dense_logits(hidden, weight, bias).argmax(-1)[::2]
+    return *(t.to(dtype).requires_grad_() for t in (hidden, weight, bias)), labels
+
+
+@defined
+@pytest.mark.parametrize("form", [{}, {"scale": 0.7, "softcap": 4.0}], ids=["linear", "capped"])
+def test_rows_and_gradients(name, options, definition, form):
+    hidden, weight, bias, labels = inputs()
+    if form and name in LINEAR_ONLY:
+        with pytest.raises(ValueError, match=r"linear in the hidden states, got softcap=4\.0.*use another loss"):
+            get_loss(name, **options)(xhead.LazyLogits(hidden, weight, bias, **form), labels)
+        return
+    expected = definition(dense_logits(hidden, weight, bias, **form), labels)
+    sides, upstream = (hidden, weight, bias), torch.randn(ROWS, dtype=torch.float64)
+    true = torch.autograd.grad(expected, sides, upstream)
+    for engine in ("reference", "chunked"):
+        logits = xhead.LazyLogits(hidden, weight, bias, **form)
+        rows = get_loss(name, engine=engine, **options)(logits, labels)
+        assert rows.shape == (ROWS,) and relative_error(rows, expected) < 1e-9
+        ours = torch.autograd.grad(rows, sides, upstream)
+        assert all(relative_error(mine, exact) < 1e-9 for mine, exact in zip(ours, true, strict=True))
+
+
+@defined
+def test_float32(name, options, definition):
+    hidden, weight, bias, labels = inputs(torch.float32)
+    sides = (hidden, weight, bias)
+    expected = definition(dense_logits(*sides), labels)
+    exact_options = {"filter_eps": None} if "filter_eps" in describe_loss(name).config.__dataclass_fields__ else {}
+    rows = get_loss(name, engine="chunked", **exact_options, **options)(xhead.LazyLogits(*sides), labels)
+    assert rows.dtype == torch.float32 and relative_error(rows, expected) < 1e-5
+    pairs = zip(torch.autograd.grad(rows.sum(), sides), torch.autograd.grad(expected.sum(), sides), strict=True)
+    assert all(relative_error(mine, exact) < 1e-5 for mine, exact in pairs)
+
+
+@defined
+def test_derivatives(name, options, definition):
+    hidden, weight, bias, labels = inputs(rows=3, classes=5, size=4, peak=1.0)
+    options = options | ({"max_norm": 2.0} if name == "logit_clip" else {})
+
+    def function(*sides):
+        return get_loss(name, engine="chunked", **options)(xhead.LazyLogits(*sides), labels)
+
+    torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+@registered
+def test_without_bias_and_without_rows(name):
+    hidden, weight, _, labels = inputs()
+    loss = get_loss(name, **NEEDED.get(name, {}))
+    definition = next(d for n, o, d in DEFINITIONS if n == name and o == NEEDED.get(name, o))
+    options = next(o for n, o, d in DEFINITIONS if d is definition)
+    rows = get_loss(name, **options)(xhead.LazyLogits(hidden, weight), labels)
+    assert relative_error(rows, definition(dense_logits(hidden, weight), labels)) < 1e-9
+    empty = loss(xhead.LazyLogits(hidden[:0], weight), labels[:0])
+    assert empty.shape == (0,)
+    gradients = torch.autograd.grad(empty.sum(), (hidden, weight))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@registered
+def test_confident_and_hopeless_rows_stay_finite(name):
+    """p_y of exactly 1, and of 0 in float32: values and gradients are numbers, and those of p_y = 1 are small."""
+    weight = torch.eye(6).requires_grad_()
+    hidden = (60.0 * torch.eye(6)).requires_grad_()
+    labels = torch.tensor([0, 1, 2, 4, 5, 3])
+    options = NEEDED.get(name, {})
+    rows = get_loss(name, **options)(xhead.LazyLogits(hidden, weight), labels)
+    gradients = torch.autograd.grad(rows.sum(), (hidden, weight))
+    assert rows.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+    if name in ("cce", "focal", "poly1", "gce", "mae", "comp_sum", "nce", "rce", "apl"):
+        assert (rows[:3] == 0).all() and gradients[0][:3].abs().max() < 1e-20
+        assert (rows[3:] > 0).all()
+
+
+def test_small_losses_keep_their_digits():
+    """With 1 - p of 1e-12, 1 - p as a difference from 1 would have none left."""
+    hidden = torch.tensor([[27.6]], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[0.0], [-1.0]], dtype=torch.float64)
+    missing = math.exp(-27.6) / (1 + math.exp(-27.6))
+    exact = {"mae": 2 * missing, "gce": missing, "rce": -math.log(1e-4) * missing, "focal": missing**3}
+    for name, value in exact.items():
+        rows = get_loss(name)(xhead.LazyLogits(hidden, weight), torch.tensor([0]))
+        assert abs(rows.item() / value - 1) < 1e-2, name
+    # A margin that is met leaves less than the log-sum-exps could tell apart.
+    rows = get_loss("ldr_kl", margin=5.0)(xhead.LazyLogits(hidden.float(), weight.float()), torch.tensor([0]))
+    assert abs((rows.item() + math.log(2)) - math.exp(5 - 27.6)) < 1e-7
+    gradient = torch.autograd.grad(rows.sum(), hidden)[0]
+    assert abs(gradient.item() / -math.exp(5 - 27.6) - 1) < 1e-4
+
+
+def test_largest_logit_of_maxsup_has_a_gradient():
+    hidden, weight, bias, labels = inputs()
+    strong, plain = get_loss("maxsup", alpha=1.0), get_loss("maxsup", alpha=0.0)
+    difference = strong(xhead.LazyLogits(hidden, weight, bias), labels) - plain(
+        xhead.LazyLogits(hidden, weight, bias), labels
+    )
+    (gradient,) = torch.autograd.grad(difference.sum(), hidden)
+    largest = dense_logits(hidden, weight, bias).argmax(-1)
+    assert torch.allclose(gradient, weight[largest] - weight.mean(0))
+
+
+def test_the_filter_serves_the_softmax_losses():
+    """Its options reach the primitive: a coarse filter changes the gradient, None does not."""
+    hidden, weight, bias, labels = inputs(torch.float32, peak=1.5)
+    for name in xhead.list_losses():
+        config = describe_loss(name).config
+        if "filter_eps" not in config.__dataclass_fields__:
+            continue
+        gradients = {}
+        for eps in (None, 2**-5):
+            options = {"filter_eps": eps, "compensate": False, "engine": "chunked", **NEEDED.get(name, {})}
+            rows = get_loss(name, **options)(xhead.LazyLogits(hidden, weight, bias), labels)
+            gradients[eps] = torch.autograd.grad(rows.sum(), weight)[0]
+        assert not torch.equal(gradients[None], gradients[2**-5]), name
+
+
+@registered
+def test_patched_model(name):
+    plain, patched = twins("LlamaForCausalLM")
+    options = NEEDED.get(name, {})
+    batch = tokens()
+    definition = next(d for n, o, d in DEFINITIONS if n == name and o == NEEDED.get(name, o))
+    options = next(o for n, o, d in DEFINITIONS if d is definition)
+    xhead.patch(patched, loss=name, **options)
+    loss = patched(**batch).loss
+    loss.backward()
+    labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].reshape(-1)
+    logits = plain(input_ids=batch["input_ids"]).logits.flatten(0, 1)
+    kept = labels != -100
+    expected = definition(logits[kept].double(), labels[kept]).mean()
+    expected.backward()
+    assert abs(loss.double() - expected) <= 1e-5 * expected.abs()
+    for mine, exact in zip(patched.parameters(), plain.parameters(), strict=True):
+        assert relative_error(mine.grad, exact.grad, 1e-4) < 1e-3
+    status = xhead.status(patched)
+    assert (status.cut, status.materialized) == (1, 0)
+
+
+@registered
+def test_all_rows_ignored(name):
+    hidden, weight, bias, _ = inputs()
+    xhead.patch(model := twins("LlamaForCausalLM")[1], loss=name, **NEEDED.get(name, {}))
+    batch = tokens()
+    logits = model(input_ids=batch["input_ids"]).logits
+    total = F.cross_entropy(logits.flatten(0, 1), torch.full((24,), -100), reduction="sum")
+    assert total == 0
+    total.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+    masked = xhead.LazyLogits(hidden, weight, bias)
+    masked._row_mask = torch.zeros(ROWS, dtype=torch.bool)
+    rows = get_loss(name, **NEEDED.get(name, {}))(masked, torch.zeros(ROWS, dtype=torch.int64))
+    kept = torch.where(masked._row_mask, rows, torch.zeros_like(rows))
+    assert not any(gradient.any() for gradient in torch.autograd.grad(kept.sum(), (hidden, weight, bias)))
+
+
+def check_memory(name, classes):
+    rows = 160
+    hidden, weight, bias, labels = inputs(torch.float32, rows=rows, classes=classes, size=8)
+    loss = get_loss(name, **NEEDED.get(name, {}))
+
+    def step():
+        loss(xhead.LazyLogits(hidden, weight, bias), labels).sum().backward()
+
+    def reset():
+        hidden.grad = weight.grad = bias.grad = None
+
+    peak = peak_memory(step, results=lambda: (hidden.grad, weight.grad, bias.grad), reset=reset)
+    assert peak.beyond < rows * classes * 4 / 4
+
+
+@registered
+def test_no_loss_builds_the_logits(name):
+    check_memory(name, 30_011)
+
+
+@pytest.mark.slow
+@registered
+def test_no_loss_builds_many_logits(name):
+    check_memory(name, 100_003)
+
+
+BAD = [
+    ("focal", {"gamma": -1.0}, "gamma must be a finite number of at least 0, got -1.0"),
+    ("focal", {"gamma": "2"}, "gamma must be a finite number of at least 0, got '2'"),
+    ("poly1", {"epsilon": math.nan}, "epsilon must be a finite number, got nan"),
+    ("gce", {"q": 0.0}, "q must be a finite number above 0 and at most 1, got 0.0"),
+    ("gce", {"q": 1.5}, "q must be a finite number above 0 and at most 1, got 1.5"),
+    ("comp_sum", {"tau": -0.1}, "tau must be"),
+    ("maxsup", {"alpha": math.inf}, "alpha must be"),
+    ("lse_penalty", {"coefficient": -1}, "coefficient must be"),
+    ("rce", {"label_floor": 0.0}, "label_floor must be a number between 0 and 1, both left out, got 0.0"),
+    ("apl", {"active": "mae"}, "active must be one of ce, nce, focal, got 'mae'"),
+    ("apl", {"passive": "ce"}, "passive must be one of mae, rce, got 'ce'"),
+    ("apl", {"beta": -1.0}, "beta must be"),
+    ("logit_clip", {}, "logit_clip needs max_norm"),
+    ("logit_clip", {"max_norm": 0.0}, "max_norm must be a finite number above 0, got 0.0"),
+    ("ldr_kl", {"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+    ("asymmetric", {"margin": 1.0}, "margin must be below 1, got 1.0"),
+    ("asymmetric", {"gamma_negative": -1.0}, "gamma_negative must be"),
+    ("mae", {"filter_eps": 2.0}, 'filter_eps must be "auto", None or a number'),
+    ("sigmoid", {"filter_eps": None}, "unknown option filter_eps for loss 'sigmoid'; known are engine"),
+    ("stablemax", {"gamma": 1.0}, "unknown option gamma for loss 'stablemax'; known are engine"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_wrong_options_are_named(name, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_loss(name, **options)
+
+
+@pytest.mark.parametrize("name", sorted(set(xhead.list_losses()) - {"cce"}))
+def test_options_of_the_call_that_a_loss_does_not_take(name):
+    hidden, weight, bias, labels = inputs()
+    loss = get_loss(name, **NEEDED.get(name, {}))
+    for option in ({"class_weight": torch.ones(CLASSES)}, {"label_smoothing": 0.1}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}, which the loss '{name}' does not take"):
+            loss(xhead.LazyLogits(hidden, weight, bias), labels, **option)
+
+
+def test_normalising_one_class_is_refused():
+    logits = xhead.LazyLogits(torch.randn(2, 3), torch.randn(1, 3))
+    with pytest.raises(ValueError, match="two classes or more, got logits of 1 class"):
+        get_loss("nce")(logits, torch.tensor([0, 0]))
+
+
+@registered
+def test_the_registry_tells_of_every_loss(name):
+    entry = describe_loss(name)
+    assert entry.formula and entry.source and set(entry.statistics) <= set(xhead.Statistics.__dataclass_fields__)
+    assert "z-loss" not in entry.formula.lower()
