@@ -118,7 +118,7 @@ def peak_memory(
     gc.collect()
     if device.type == "cuda":
         return _peak_memory_cuda(function, results, device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = function()
     sizes = [t.untyped_storage().nbytes() for t in results() if t is not None]
     del kept
