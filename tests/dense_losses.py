@@ -84,7 +84,7 @@ DEFINITIONS = [
     ("poly1", {"epsilon": 1.5}, lambda o, y: cross_entropy(o, y) + 1.5 * (1 - p(o, y))),
     ("gce", {}, lambda o, y: (1 - p(o, y) ** 0.7) / 0.7),
     ("mae", {}, mae),
-    *[("comp_sum", {"tau": t}, lambda o, y, t=t: comp_sum(o, y, t)) for t in (0.0, 0.5, 1.0, 1.4, 2.0)],
+    *[("comp_sum", {"tau": t}, lambda o, y, t=t: comp_sum(o, y, t)) for t in (1.4, 0.0, 0.5, 1.0, 2.0)],
     ("squentropy", {}, squentropy),
     ("maxsup", {"alpha": 0.2}, lambda o, y: cross_entropy(o, y) + 0.2 * (o.amax(-1) - o.mean(-1))),
     ("nce", {}, nce),

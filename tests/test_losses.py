@@ -27,6 +27,10 @@ defined = pytest.mark.parametrize(
 registered = pytest.mark.parametrize("name", xhead.list_losses())
 
 
+def first_definition(name):
+    return next((options, definition) for other, options, definition in DEFINITIONS if other == name)
+
+
 def inputs(dtype=torch.float64, rows=ROWS, classes=CLASSES, size=SIZE, peak=0.3, seed=0):
     """Logits whose norms lie on both sides of the clipping, and targets that are likely in half of the rows."""
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +49,7 @@ def test_rows_and_gradients(name, options, definition, form):
     if form and name in LINEAR_ONLY:
         with pytest.raises(ValueError, match=r"linear in the hidden states, got softcap=4\.0.*use another loss"):
             get_loss(name, **options)(xhead.LazyLogits(hidden, weight, bias, **form), labels)
-        return
+        form = {"scale": form["scale"]}
     expected = definition(dense_logits(hidden, weight, bias, **form), labels)
     sides, upstream = (hidden, weight, bias), torch.randn(ROWS, dtype=torch.float64)
     true = torch.autograd.grad(expected, sides, upstream)
@@ -83,9 +87,8 @@ def test_derivatives(name, options, definition):
 @registered
 def test_without_bias_and_without_rows(name):
     hidden, weight, _, labels = inputs()
-    loss = get_loss(name, **NEEDED.get(name, {}))
-    definition = next(d for n, o, d in DEFINITIONS if n == name and o == NEEDED.get(name, o))
-    options = next(o for n, o, d in DEFINITIONS if d is definition)
+    options, definition = first_definition(name)
+    loss = get_loss(name, **options)
     rows = get_loss(name, **options)(xhead.LazyLogits(hidden, weight), labels)
     assert relative_error(rows, definition(dense_logits(hidden, weight), labels)) < 1e-9
     empty = loss(xhead.LazyLogits(hidden[:0], weight), labels[:0])
@@ -154,10 +157,8 @@ def test_the_filter_serves_the_softmax_losses():
 @registered
 def test_patched_model(name):
     plain, patched = twins("LlamaForCausalLM")
-    options = NEEDED.get(name, {})
     batch = tokens()
-    definition = next(d for n, o, d in DEFINITIONS if n == name and o == NEEDED.get(name, o))
-    options = next(o for n, o, d in DEFINITIONS if d is definition)
+    options, definition = first_definition(name)
     xhead.patch(patched, loss=name, **options)
     loss = patched(**batch).loss
     loss.backward()
@@ -188,6 +189,44 @@ def test_all_rows_ignored(name):
     rows = get_loss(name, **NEEDED.get(name, {}))(masked, torch.zeros(ROWS, dtype=torch.int64))
     kept = torch.where(masked._row_mask, rows, torch.zeros_like(rows))
     assert not any(gradient.any() for gradient in torch.autograd.grad(kept.sum(), (hidden, weight, bias)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@registered
+def test_half_precision_is_that_of_the_statistics(name, dtype):
+    *sides, labels = inputs(dtype)
+    options, definition = first_definition(name)
+    rows = get_loss(name, **options)(xhead.LazyLogits(*sides), labels)
+    assert rows.dtype == torch.float32
+    # A factor a row that goes into the hidden states is rounded with them.
+    rounding = torch.finfo(dtype).eps if name in LINEAR_ONLY else 1e-5
+    assert relative_error(rows, definition(dense_logits(*sides), labels)) < rounding
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(rows.sum(), sides))
+
+
+def check_one_graph(name):
+    step = get_loss(name, **NEEDED.get(name, {}))
+    *sides, labels = inputs(torch.float32)
+
+    def rows(hidden, weight, bias, labels):
+        return step(xhead.LazyLogits(hidden, weight, bias), labels)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(rows, backend="aot_eager", fullgraph=True)
+    ours = torch.autograd.grad(compiled(*sides, labels).sum(), sides)
+    eager = torch.autograd.grad(rows(*sides, labels).sum(), sides)
+    assert all(relative_error(mine, true) < 1e-5 for mine, true in zip(ours, eager, strict=True))
+
+
+@pytest.mark.parametrize("name", ["logit_clip", "asymmetric"])
+def test_compiles_to_one_graph(name):
+    check_one_graph(name)
+
+
+@pytest.mark.slow
+@registered
+def test_each_compiles_to_one_graph(name):
+    check_one_graph(name)
 
 
 def memory_share(loss, classes):
