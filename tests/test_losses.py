@@ -24,6 +24,8 @@ defined = pytest.mark.parametrize(
     DEFINITIONS,
     ids=[name + "".join(f"-{value}" for value in options.values()) for name, options, _ in DEFINITIONS],
 )
+HERE = sorted({name for name, _, _ in DEFINITIONS})
+each = pytest.mark.parametrize("name", HERE)
 registered = pytest.mark.parametrize("name", xhead.list_losses())
 
 
@@ -84,7 +86,7 @@ def test_derivatives(name, options, definition):
     torch.autograd.gradcheck(function, (hidden, weight, bias))
 
 
-@registered
+@each
 def test_without_bias_and_without_rows(name):
     hidden, weight, _, labels = inputs()
     options, definition = first_definition(name)
@@ -97,7 +99,7 @@ def test_without_bias_and_without_rows(name):
     assert not any(gradient.any() for gradient in gradients)
 
 
-@registered
+@each
 def test_confident_and_hopeless_rows_stay_finite(name):
     """p_y of exactly 1, and of 0 in float32: values and gradients are numbers, and those of p_y = 1 are small."""
     weight = torch.eye(6).requires_grad_()
@@ -142,7 +144,7 @@ def test_largest_logit_of_maxsup_has_a_gradient():
 def test_the_filter_serves_the_softmax_losses():
     """Its options reach the primitive: a coarse filter changes the gradient, None does not."""
     hidden, weight, bias, labels = inputs(torch.float32, peak=1.5)
-    for name in xhead.list_losses():
+    for name in HERE:
         config = describe_loss(name).config
         if "filter_eps" not in config.__dataclass_fields__:
             continue
@@ -154,7 +156,7 @@ def test_the_filter_serves_the_softmax_losses():
         assert not torch.equal(gradients[None], gradients[2**-5]), name
 
 
-@registered
+@each
 def test_patched_model(name):
     plain, patched = twins("LlamaForCausalLM")
     batch = tokens()
@@ -174,7 +176,7 @@ def test_patched_model(name):
     assert (status.cut, status.materialized) == (1, 0)
 
 
-@registered
+@each
 def test_all_rows_ignored(name):
     hidden, weight, bias, _ = inputs()
     xhead.patch(model := twins("LlamaForCausalLM")[1], loss=name, **NEEDED.get(name, {}))
@@ -192,7 +194,7 @@ def test_all_rows_ignored(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@registered
+@each
 def test_half_precision_is_that_of_the_statistics(name, dtype):
     *sides, labels = inputs(dtype)
     options, definition = first_definition(name)
@@ -224,7 +226,7 @@ def test_compiles_to_one_graph(name):
 
 
 @pytest.mark.slow
-@registered
+@each
 def test_each_compiles_to_one_graph(name):
     check_one_graph(name)
 
@@ -289,7 +291,7 @@ def test_wrong_options_are_named(name, options, message):
         get_loss(name, **options)
 
 
-@pytest.mark.parametrize("name", sorted(set(xhead.list_losses()) - {"cce"}))
+@pytest.mark.parametrize("name", sorted(set(HERE) - {"cce"}))
 def test_options_of_the_call_that_a_loss_does_not_take(name):
     hidden, weight, bias, labels = inputs()
     loss = get_loss(name, **NEEDED.get(name, {}))
