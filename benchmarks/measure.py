@@ -109,8 +109,8 @@ def peak_memory(
             from the moment they exist.
         reset: called before each measured call, to let go of the results of the one before.
 
-    On the CPU the allocator's events come from torch's profiler; the resident peak is the kernel's high-water mark of
-    the process, in a second call because the profiler holds memory too.
+    On the CPU the resident peak is the kernel's high-water mark of the process, in a second call because the profiler,
+    which the first one runs under, holds memory too.
     """
     reset = reset or gc.collect
     reset()
@@ -118,17 +118,24 @@ def peak_memory(
     gc.collect()
     if device.type == "cuda":
         return _peak_memory_cuda(function, results, device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    allocated, beyond = peak_allocated(function, results)
+    reset()
+    return Memory(allocated, beyond, _resident_peak(function))
+
+
+def peak_allocated(
+    function: Callable[[], object], results: Callable[[], Sequence[Tensor | None]] = tuple
+) -> tuple[int, int]:
+    """`allocated` and `beyond` of `Memory` over one call on the CPU, by the allocator's events in torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = function()
     sizes = [t.untyped_storage().nbytes() for t in results() if t is not None]
     del kept
-    reset()
     # The profiler's own tables attribute memory to operators; only the raw events tell what was held at one time.
     raw: Any = profiler.profiler
     events = raw.kineto_results.events()
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
-    allocated, beyond = peak_of_events([nbytes for _, _, nbytes in changes], sizes)
-    return Memory(allocated, beyond, _resident_peak(function))
+    return peak_of_events([nbytes for _, _, nbytes in changes], sizes)
 
 
 def peak_of_events(changes: Sequence[int], result_sizes: Sequence[int] = ()) -> tuple[int, int]:

@@ -1,6 +1,7 @@
-"""`python -m benchmarks.readme`: write the measured tables of README.md and docs/ from benchmarks/results.
+"""`python -m benchmarks.readme`: write the tables of README.md and docs/ from benchmarks/results and the registry.
 
-A page marks a table with `<!-- measured: NAME -->`, and its end with `<!-- end -->`; what stands between is replaced.
+A page marks a table with `<!-- measured: NAME -->`, or `listed` where it comes from the code, and its end with
+`<!-- end -->`; what stands between is replaced.
 """
 
 import json
@@ -12,10 +13,11 @@ from benchmarks.cpu import forward_table, training_table
 from benchmarks.filter_accuracy import accuracy_table
 from benchmarks.filter_training import training_table as filter_training_table
 from benchmarks.inputs import Softmax, describe
+from benchmarks.loss_table import loss_table
 from benchmarks.report import RESULTS, markdown_table
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- measured: (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def where(record: dict) -> str:
@@ -83,6 +85,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
     "coverage": coverage,
+    "losses": loss_table,
 }
 
 

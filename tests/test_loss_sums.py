@@ -46,7 +46,7 @@ def test_options_go_to_the_terms_that_have_them():
     assert loss.name == "cce+0.3*ntl_was+0.1*ntl_mse"
     with pytest.raises(ValueError, match=r"unknown option p for loss 'cce\+ntl_was'; known .*label_smoothing.*reweigh"):
         get_loss("cce+ntl_was", p=2, **NUMBERS)
-    with pytest.raises(ValueError, match=r"unknown loss 'ntl' in 'cce\+ntl'; known are cce, .*ntl_was"):
+    with pytest.raises(ValueError, match=r"unknown loss 'ntl' in 'cce\+ntl'; known are .*cce, .*ntl_was"):
         get_loss("cce+ntl")
     with pytest.raises(ValueError, match="either tokenizer="):
         get_loss("cce+ntl_was")

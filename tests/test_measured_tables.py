@@ -1,7 +1,8 @@
-"""The tables of README.md and docs/ are those of the measured files, not typed by hand."""
+"""The tables of README.md and docs/ are those of the measured files and of the registry, not typed by hand."""
 
 import pytest
 
+import xhead
 from benchmarks import readme
 
 
@@ -14,3 +15,9 @@ def test_tables_are_those_of_the_results(page):
 def test_an_unknown_table_is_named():
     with pytest.raises(ValueError, match=r"no table is called 'speed'; known are cpu.training"):
         readme.rendered("<!-- measured: speed -->\n<!-- end -->")
+
+
+def test_the_table_of_losses_has_them_all():
+    text = (readme.ROOT / "README.md").read_text()
+    assert "<!-- listed: losses -->" in text
+    assert all(f"| `{name}` |" in text for name in xhead.list_losses())

@@ -37,6 +37,7 @@ def _pack(problem: Problem) -> tuple:
         problem.mean_weight,
         problem.row_mask,
         ",".join(problem.names),
+        _join(problem.pointwise, *problem.pointwise_parameters),
         problem.scale,
         problem.softcap,
         problem.filter.threshold,
@@ -46,9 +47,14 @@ def _pack(problem: Problem) -> tuple:
     )
 
 
+def _join(name: str | None, *parameters: float) -> str | None:
+    return None if name is None else ",".join([name, *map(repr, parameters)])
+
+
 def _unpack(*arguments) -> Problem:
-    *tensors, names, scale, softcap, threshold, compensate, hidden_grad, weight_grad = arguments
+    *tensors, names, pointwise, scale, softcap, threshold, compensate, hidden_grad, weight_grad = arguments
     hidden, weight, bias, target, values, row_offsets, columns, mean_weight, row_mask = tensors
+    function, *parameters = (None,) if pointwise is None else pointwise.split(",")
     return Problem(
         hidden=hidden,
         weight=weight,
@@ -60,6 +66,8 @@ def _unpack(*arguments) -> Problem:
         columns=columns,
         mean_weight=mean_weight,
         row_mask=row_mask,
+        pointwise=function,
+        pointwise_parameters=tuple(map(float, parameters)),
         scale=scale,
         softcap=softcap,
         filter=FilterOptions(threshold, compensate, hidden_grad, weight_grad),
@@ -78,6 +86,7 @@ def _forward_op(
     mean_weight: Tensor | None,
     row_mask: Tensor | None,
     names: str,
+    pointwise: str | None,
     scale: float,
     softcap: float | None,
     threshold: float,
@@ -89,7 +98,7 @@ def _forward_op(
 ) -> list[Tensor]:
     problem = _unpack(
         hidden, weight, bias, target, values, row_offsets, columns, mean_weight, row_mask,
-        names, scale, softcap, threshold, compensate, hidden_grad, weight_grad,
+        names, pointwise, scale, softcap, threshold, compensate, hidden_grad, weight_grad,
     )  # fmt: skip
     # The caller has cast for autocast already; inside, float32 accumulation must stay float32.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -123,6 +132,7 @@ def _backward_op(
     mean_weight: Tensor | None,
     row_mask: Tensor | None,
     names: str,
+    pointwise: str | None,
     scale: float,
     softcap: float | None,
     threshold: float,
@@ -139,7 +149,7 @@ def _backward_op(
 ) -> list[Tensor]:
     problem = _unpack(
         hidden, weight, bias, target, values, row_offsets, columns, mean_weight, row_mask,
-        names, scale, softcap, threshold, compensate, hidden_grad, weight_grad,
+        names, pointwise, scale, softcap, threshold, compensate, hidden_grad, weight_grad,
     )  # fmt: skip
     results = dict(zip(problem.names, outputs, strict=False))
     state = outputs[len(problem.names) :]
@@ -182,7 +192,8 @@ def _backward(ctx, output_grads):
         gradients = _backward_op(
             *tensors, *ctx.options, ctx.engine, list(outputs), ",".join(grads), list(grads.values()), *needs
         )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *([None] * 15)
+    none = [None] * (len(ctx.needs_input_grad) - len(needs))
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *none
 
 
 def _differentiable_backward(problem: Problem, grads: Results, needs) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xhead import autograd
 from xhead.engines.problem import STATISTICS, FilterOptions, Problem
+from xhead.engines.summands import SUMMANDS
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Statistics:
     argmax: Tensor | None = None
     subset_lse: Tensor | None = None
     complement_lse: Tensor | None = None
+    pointwise_sum: Tensor | None = None
 
 
 def row_statistics(
@@ -48,6 +50,8 @@ def row_statistics(
     values: Tensor | None = None,  # (V,) or (V, M)
     columns: Tensor | None = None,  # (..., K) class indices, -1 for none, or a sparse CSR tensor (N, V)
     mean_weight: Tensor | None = None,  # (V,)
+    pointwise: str | None = None,
+    pointwise_parameters: tuple[float, ...] = (),
     row_mask: Tensor | None = None,  # (...) bool
     filter_eps: float | str | None = "auto",
     compensate: bool = True,
@@ -69,6 +73,13 @@ def row_statistics(
     | `max`, `argmax` | the largest logit and its class |
     | `subset_lse` | `log sum exp` over the row's `columns`; -inf where it has none |
     | `complement_lse` | `log sum exp` over all classes but the row's `columns`; -inf where none is left |
+    | `pointwise_sum` | `sum_k s(o_k)`, with s the function named by `pointwise` |
+
+    | pointwise | `s(o)` |
+    |---|---|
+    | `softplus` | `log(1 + exp(o))` |
+    | `stablemax` | `o + 1` where `o >= 0`, else `1 / (1 - o)` |
+    | `asymmetric` | `-x^gamma log(1 - x)`, `x = max(sigmoid(o) - margin, 0)`; `pointwise_parameters=(gamma, margin)` |
 
     Args:
         row_mask: rows that are False are left out of all work: their statistics are 0, with no gradient.
@@ -90,9 +101,10 @@ def row_statistics(
     _check_inputs(hidden, weight, bias)
     rows_shape = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    _check_names(names, target, values, columns)
+    _check_names(names, target=target, values=values, columns=columns, pointwise=pointwise)
+    _check_pointwise(pointwise, pointwise_parameters)
     target = _flat_target(target, rows_shape, weight, row_mask)
-    row_offsets, flat_columns = _compressed_columns(columns, rows_shape, weight)
+    sets = (None, None) if columns is None else compressed_columns(columns, rows_shape, weight.shape[0])
     problem = Problem(
         hidden=flat,
         weight=weight,
@@ -100,9 +112,11 @@ def row_statistics(
         bias=bias,
         target=target,
         values=_flat_values(values, weight),
-        row_offsets=row_offsets,
-        columns=flat_columns,
+        row_offsets=sets[0],
+        columns=sets[1],
         mean_weight=_class_vector("mean_weight", mean_weight, weight),
+        pointwise=pointwise,
+        pointwise_parameters=tuple(float(parameter) for parameter in pointwise_parameters),
         row_mask=None if row_mask is None else row_mask.reshape(-1),
         scale=float(scale),
         softcap=_check_softcap(softcap),
@@ -179,11 +193,11 @@ _NEEDED = {
     "expectation": "values",
     "subset_lse": "columns",
     "complement_lse": "columns",
+    "pointwise_sum": "pointwise",
 }
 
 
-def _check_names(names: tuple[str, ...], target: Tensor | None, values: Tensor | None, columns: Tensor | None) -> None:
-    given = {"target": target, "values": values, "columns": columns}
+def _check_names(names: tuple[str, ...], **given: Tensor | str | None) -> None:
     if not names:
         raise ValueError(f"no statistic was asked for; known are {', '.join(STATISTICS)}")
     for name in names:
@@ -192,6 +206,19 @@ def _check_names(names: tuple[str, ...], target: Tensor | None, values: Tensor |
         argument = _NEEDED.get(name)
         if argument is not None and given[argument] is None:
             raise ValueError(f"the statistic {name!r} needs the argument {argument}=")
+
+
+def _check_pointwise(pointwise: str | None, parameters: tuple[float, ...]) -> None:
+    if pointwise is None:
+        wanted: tuple[str, ...] = ()
+    elif pointwise in SUMMANDS:
+        wanted = SUMMANDS[pointwise].parameters
+    else:
+        raise ValueError(f"unknown pointwise {pointwise!r}; known are {', '.join(SUMMANDS)}")
+    if len(parameters) != len(wanted):
+        raise ValueError(
+            f"pointwise={pointwise!r} takes pointwise_parameters=({', '.join(wanted)}), got {tuple(parameters)}"
+        )
 
 
 def _flat_target(
@@ -242,13 +269,12 @@ def _flat_values(values: Tensor | None, weight: Tensor) -> Tensor | None:
     return values.reshape(values.shape[0], -1)
 
 
-def _compressed_columns(
-    columns: Tensor | None, rows_shape: torch.Size, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Per-row column sets as (offsets, columns), without repeats."""
-    if columns is None:
-        return None, None
-    rows, classes = rows_shape.numel(), weight.shape[0]
+def compressed_columns(columns: Tensor, rows_shape: torch.Size, classes: int) -> tuple[Tensor, Tensor]:
+    """Per-row column sets as (offsets, columns), without repeats.
+
+    columns: (..., K) class indices, -1 for none, or sparse CSR (N, V) -> (N + 1,), (sum of the sets' sizes,)
+    """
+    rows = rows_shape.numel()
     if columns.layout == torch.sparse_csr:
         if columns.shape != (rows, classes):
             raise RuntimeError(f"sparse columns must have shape {(rows, classes)}, got {tuple(columns.shape)}")

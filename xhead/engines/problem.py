@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STREAMED = ("lse", "entropy", "expectation", "max", "argmax", "complement_lse")
+STREAMED = ("lse", "entropy", "expectation", "max", "argmax", "complement_lse", "pointwise_sum")
 """Statistics that need every logit of a row once."""
 
 CLOSED = ("target", "mean", "variance", "subset_lse")
@@ -39,6 +39,8 @@ class Problem:
     row_offsets: Tensor | None = None  # (N + 1,), with `columns` the sets of columns in compressed-row form
     columns: Tensor | None = None  # (sum of the sets' sizes,)
     mean_weight: Tensor | None = None  # (V,)
+    pointwise: str | None = None  # the name in `summands.SUMMANDS` of what `pointwise_sum` adds up
+    pointwise_parameters: tuple[float, ...] = ()
     row_mask: Tensor | None = None  # (N,) rows that count; the others' statistics are 0
     scale: float = 1.0
     softcap: float | None = None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xhead.engines.problem import Problem, Results, cap, column_rows
+from xhead.engines.summands import SUMMANDS
 
 
 def eligible(problem: Problem) -> bool:
@@ -61,6 +62,11 @@ def _expectation(logits: Tensor, problem: Problem) -> Tensor:
     return logits.softmax(-1) @ problem.values.to(logits.dtype)
 
 
+def _pointwise_sum(logits: Tensor, problem: Problem) -> Tensor:
+    assert problem.pointwise is not None
+    return SUMMANDS[problem.pointwise].value(logits, *problem.pointwise_parameters).sum(-1)
+
+
 def _column_mask(logits: Tensor, problem: Problem) -> Tensor:
     assert problem.row_offsets is not None and problem.columns is not None
     mask = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
@@ -88,4 +94,5 @@ _STATISTIC = {
     "argmax": lambda logits, problem: logits.argmax(-1),
     "subset_lse": lambda logits, problem: masked_logsumexp(logits, _column_mask(logits, problem)),
     "complement_lse": lambda logits, problem: masked_logsumexp(logits, ~_column_mask(logits, problem)),
+    "pointwise_sum": _pointwise_sum,
 }

@@ -6,6 +6,7 @@ With upstream gradients named after their statistic, and p = exp(o - lse):
     target         g 1[k = target] or g target_k  expectation    p_k sum_m g_m (values_km - expectation_m)
     mean           g c_k / sum(c)                 variance       2 g / V (o_k - mean)
     complement_lse g exp(o_k - complement_lse), 0 in the row's columns
+    pointwise_sum  g s'(o_k)
 
 Those of lse, entropy and expectation share p: together p_k (level + slope o_k + values_k . direction).
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xhead.engines.problem import Results
+from xhead.engines.summands import SUMMANDS
 from xhead.engines.tiles import RULED_OUT, Tiles
 
 
@@ -45,6 +47,10 @@ class Residual:
             out.zero_()
         if "complement_lse" in grads:
             out += self._complement(logits, first, last, start)
+        if "pointwise_sum" in grads:
+            assert problem.pointwise is not None
+            slope = SUMMANDS[problem.pointwise].slope(logits, *problem.pointwise_parameters)
+            out.addcmul_(slope, grads["pointwise_sum"][rows, None])
         if "mean" in grads:
             share = self._mean_share(start, stop, out)
             out.addcmul_(grads["mean"][rows, None], share[None, :])

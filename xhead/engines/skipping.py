@@ -108,16 +108,18 @@ def empty_state(problem: Problem, save: bool) -> list[Tensor]:
 def class_order(problem: Problem, rows: Rows) -> Tensor | None:
     """The classes by falling mean of their (uncapped) logits: one thin product with the weight.
 
-    None where a few rows show that so much would be kept that the exact gradient is faster.
+    None where no row counts, or where a few rows show that so much would be kept that the exact gradient is faster.
     """
+    if not rows.count:
+        return None
     options = {"dtype": problem.accumulate_dtype, "device": problem.hidden.device}
     total = torch.zeros(problem.hidden.shape[1], **options)
     for start, stop in blocks(rows.count):
         total += rows.hidden(start, stop).sum(0)
-    probed = [total[None] / max(rows.count, 1)]
+    probed = [total[None] / rows.count]
     # A row keeps at most 1 / threshold entries.
     most = _most_kept.get()
-    if rows.count and 1 / problem.filter.threshold > most * problem.vocabulary:
+    if 1 / problem.filter.threshold > most * problem.vocabulary:
         step = -(-rows.count // _PROBE_ROWS)
         probed += [rows.hidden(row, row + 1) for row in range(step // 2, rows.count, step)]
     directions = torch.cat(probed).T.contiguous()

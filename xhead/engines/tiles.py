@@ -7,6 +7,7 @@ from torch import Tensor
 
 from xhead.engines.gram import blocks, inverse
 from xhead.engines.problem import Problem, column_rows
+from xhead.engines.summands import SUMMANDS
 
 RULED_OUT = -1e18  # stands for a logit of -inf where it is multiplied with a probability of 0
 
@@ -165,6 +166,7 @@ class Running:
         self.argmax = torch.zeros(count, dtype=torch.int64, device=new.device)
         self.mean, self.weighted_mean, self.deviation = new.clone(), new.clone(), new.clone()
         self.complement = (torch.full_like(new, float("-inf")), new.clone())
+        self.pointwise = new.clone()
         self.seen = 0
         self.moment = None
         if problem.values is not None:
@@ -202,6 +204,9 @@ class Running:
             self._update_moments(logits, start, stop)
         if "complement_lse" in self.names:
             self._update_complement(logits, start, stop)
+        if "pointwise_sum" in self.names:
+            assert problem.pointwise is not None
+            self.pointwise += SUMMANDS[problem.pointwise].value(logits, *problem.pointwise_parameters).sum(1)
         return rescale
 
     def _update_target(self, logits: Tensor, start: int, stop: int) -> None:
@@ -255,6 +260,8 @@ class Running:
             found["variance"] = self.deviation / max(self.seen, 1)
         if "complement_lse" in self.names:
             found["complement_lse"] = _log_sum(*self.complement)
+        if "pointwise_sum" in self.names:
+            found["pointwise_sum"] = self.pointwise
         return found
 
 

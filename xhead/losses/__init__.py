@@ -10,21 +10,33 @@ from torch import Tensor
 from xhead.losses.composition import SumLoss, check_call_options, parse_sum
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """A loss of the registry, and what the table of losses says of it."""
+
     function: Callable[..., Tensor]
     config: type
-    call_options: frozenset[str]
+    call_options: frozenset[str]  # options of `F.cross_entropy` that the function takes
     ordered: bool
+    formula: str
+    statistics: tuple[str, ...]
+    source: str
 
 
-_REGISTRY: dict[str, _Entry] = {}
+_REGISTRY: dict[str, Entry] = {}
 
 
 def register(
-    name: str, config: type, *, ordered: bool = False
+    name: str,
+    config: type,
+    *,
+    formula: str = "",
+    statistics: tuple[str, ...] = (),
+    source: str = "",
+    ordered: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register `function(logits, labels, config, **call_options) -> rows` under a name; `config` is a dataclass.
 
+    formula, statistics, source: the loss in a line, the names of the row statistics that it asks for, and its paper.
     The call options are the function's keyword-only arguments. Rows that are ignored are not among the rows, unless
     `ordered`: then every row is there, in its order, and `logits.row_mask` says which count (None: all).
     """
@@ -34,7 +46,7 @@ def register(
             raise ValueError(f"a loss named {name!r} is registered already")
         parameters = inspect.signature(function).parameters.values()
         call_options = frozenset(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
-        _REGISTRY[name] = _Entry(function, config, call_options, ordered)
+        _REGISTRY[name] = Entry(function, config, call_options, ordered, formula, statistics, source)
         return function
 
     return decorate
@@ -43,6 +55,11 @@ def register(
 def list_losses() -> list[str]:
     """The names that `xhead.patch(model, loss=...)` knows, sorted."""
     return sorted(_REGISTRY)
+
+
+def describe_loss(name: str) -> Entry:
+    """The registry's entry of that name."""
+    return _REGISTRY[name]
 
 
 @dataclass(frozen=True)
@@ -132,8 +149,14 @@ from xhead.losses import (  # noqa: E402  register themselves
     alignment,  # noqa: F401
     cross_entropy,  # noqa: F401
     distillation,  # noqa: F401
+    ldr,  # noqa: F401
     margins,  # noqa: F401
+    moments,  # noqa: F401
+    multilabel,  # noqa: F401
     number_level,  # noqa: F401
     number_tokens,  # noqa: F401
     pairs,  # noqa: F401
+    probability,  # noqa: F401
+    robust,  # noqa: F401
+    stablemax,  # noqa: F401
 )

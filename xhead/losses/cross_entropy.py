@@ -11,23 +11,29 @@ import torch
 from torch import Tensor
 
 from xhead.losses import register
-from xhead.losses.options import StatisticsOptions
+from xhead.losses.config import FilterConfig
 from xhead.statistics import Statistics, row_statistics
 
 
 @dataclass(frozen=True)
-class CrossEntropyConfig(StatisticsOptions):
+class CrossEntropyConfig(FilterConfig):
     """Options of the loss `"cce"`; see `xhead.linear_cross_entropy` for what they mean."""
 
     label_smoothing: float = 0.0
     lse_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_smoothing(self.label_smoothing)
         super().__post_init__()
+        _check_smoothing(self.label_smoothing)
 
 
-@register("cce", CrossEntropyConfig)
+@register(
+    "cce",
+    CrossEntropyConfig,
+    formula="-log p_y, with label smoothing, class weights, lse_penalty lse^2",
+    statistics=("lse", "target", "mean"),
+    source="cut cross-entropy, arXiv 2411.09009",
+)
 def cross_entropy_rows(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)

@@ -41,7 +41,13 @@ class NormalisedSoftmaxConfig(CosineConfig):
         filter_threshold(self.filter_eps, torch.float32)
 
 
-@register("normalised_softmax", NormalisedSoftmaxConfig)
+@register(
+    "normalised_softmax",
+    NormalisedSoftmaxConfig,
+    formula="-log p_y of o = cos(h, w) / T",
+    statistics=("lse", "target"),
+    source="NormFace and others, arXiv 1811.12649",
+)
 def normalised_softmax(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)
@@ -74,7 +80,13 @@ class CosFaceConfig(CosineConfig):
         _check_margin("margin", self.margin, 2.0)
 
 
-@register("cosface", CosFaceConfig)
+@register(
+    "cosface",
+    CosFaceConfig,
+    formula="-log p_y of o = s cos(h, w), the label's s (cos - margin)",
+    statistics=("target", "complement_lse"),
+    source="arXiv 1801.09414",
+)
 def cosface(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)
@@ -106,7 +118,13 @@ class ArcFaceConfig(CosineConfig):
         return moved if self.exact_grad else cosine + (moved - cosine).detach()
 
 
-@register("arcface", ArcFaceConfig)
+@register(
+    "arcface",
+    ArcFaceConfig,
+    formula="-log p_y of o = s cos(h, w), the label's s cos(angle + margin)",
+    statistics=("target", "complement_lse"),
+    source="arXiv 1801.07698",
+)
 def arcface(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)
@@ -137,7 +155,13 @@ class SubcenterArcFaceConfig(ArcFaceConfig):
             raise ValueError(f'subcenter_arcface takes no row statistics: engine must be "auto", got {self.engine!r}')
 
 
-@register("subcenter_arcface", SubcenterArcFaceConfig)
+@register(
+    "subcenter_arcface",
+    SubcenterArcFaceConfig,
+    formula="arcface of the largest cosine of a class's K rows",
+    statistics=("target", "complement_lse"),
+    source="sub-center ArcFace, ECCV 2020",
+)
 def subcenter_arcface(
     logits: Any,  # LazyLogits (n, K C) for C classes
     labels: Tensor,  # (n,), in [0, C)
@@ -203,7 +227,13 @@ class AdaFaceConfig(CosineConfig):
         return RunningNorms(self.rate)
 
 
-@register("adaface", AdaFaceConfig)
+@register(
+    "adaface",
+    AdaFaceConfig,
+    formula="a margin that depends on the norm of h, as a measure of quality",
+    statistics=("target", "complement_lse"),
+    source="arXiv 2204.00964",
+)
 def adaface(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)
@@ -268,7 +298,13 @@ class ElasticFaceConfig(CosineConfig):
         return _ELASTIC_MEANS[self.kind] if self.margin is None else self.margin
 
 
-@register("elasticface", ElasticFaceConfig)
+@register(
+    "elasticface",
+    ElasticFaceConfig,
+    formula="arcface or cosface with margins drawn from a normal",
+    statistics=("target", "complement_lse"),
+    source="arXiv 2109.09416",
+)
 def elasticface(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)

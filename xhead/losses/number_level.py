@@ -58,7 +58,14 @@ class NumberLevelConfig(NumberTokenConfig):
         return self.numbers.after_space.to(labels.device)[position]
 
 
-@register("ntl_number", NumberLevelConfig, ordered=True)
+@register(
+    "ntl_number",
+    NumberLevelConfig,
+    ordered=True,
+    formula="relative error of each whole number",
+    statistics=(),
+    source="ntloss, PyPI",
+)
 def number_level_rows(
     logits: Any,  # LazyLogits (..., V)
     labels: Tensor,  # (...)

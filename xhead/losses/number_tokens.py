@@ -23,13 +23,13 @@ from torch import Tensor
 
 from xhead.lazy import LazyLogits
 from xhead.losses import get_loss, register
+from xhead.losses.config import FilterConfig
 from xhead.losses.number_vocabulary import NumberTokens, from_lists, number_tokens
-from xhead.losses.options import StatisticsOptions
 from xhead.statistics import Statistics
 
 
 @dataclass(frozen=True)
-class NumberTokenConfig(StatisticsOptions):
+class NumberTokenConfig(FilterConfig):
     """What the number tokens are, and options that all number token losses share.
 
     Either `tokenizer`, with `digit_level` and `space_prefixed` as in `number_tokens`, or `token_ids` and `values`.
@@ -124,7 +124,13 @@ class AbsoluteMeanConfig(MeanConfig):
     p: float = 1.0
 
 
-@register("ntl_was", WassersteinConfig)
+@register(
+    "ntl_was",
+    WassersteinConfig,
+    formula="sum_j q_j |v_y - v_j| over number tokens, q their softmax",
+    statistics=(),
+    source="arXiv 2411.02083",
+)
 def wasserstein_rows(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)
@@ -136,8 +142,20 @@ def wasserstein_rows(
     return rows.spread(rows.reweighed((rows.probabilities * distances).sum(-1), config.largest_loss))
 
 
-@register("ntl_mae", AbsoluteMeanConfig)
-@register("ntl_mse", MeanConfig)
+@register(
+    "ntl_mae",
+    AbsoluteMeanConfig,
+    formula="|v_y - sum_j q_j v_j|",
+    statistics=(),
+    source="arXiv 2411.02083",
+)
+@register(
+    "ntl_mse",
+    MeanConfig,
+    formula="(v_y - sum_j q_j v_j)^2",
+    statistics=(),
+    source="arXiv 2411.02083",
+)
 def mean_rows(
     logits: Any,  # LazyLogits (n, V)
     labels: Tensor,  # (n,)

@@ -1,0 +1,22 @@
+"""The table of losses, from what each says of itself where it is registered."""
+
+from dataclasses import fields
+
+from xhead.engines.problem import STREAMED
+from xhead.losses import Entry, describe_loss, list_losses
+
+
+def loss_table() -> str:
+    """One line a loss of the registry: name, formula, statistics, what it has of a pass over N x V, source."""
+    lines = ["| loss | of a row | statistics | pass over N x V | source |", "|---|---|---|---|---|"]
+    for name in list_losses():
+        entry = describe_loss(name)
+        statistics = ", ".join(f"`{statistic}`" for statistic in entry.statistics) or "a few logits"
+        lines.append(f"| `{name}` | {entry.formula} | {statistics} | {_pass(entry)} | {entry.source} |")
+    return "\n".join(lines)
+
+
+def _pass(entry: Entry) -> str:
+    if not set(entry.statistics) & set(STREAMED):
+        return "no"
+    return "yes, filtered" if any(field.name == "filter_eps" for field in fields(entry.config)) else "yes"
