@@ -1,4 +1,1 @@
-"""Triton kernels: one kernel and its launcher a file.
-
-There are none yet: every engine of `xhead` runs in plain PyTorch.
-"""
+"""Triton kernels: one kernel and its launcher a file. Importing a kernel needs triton."""

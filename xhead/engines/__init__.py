@@ -5,10 +5,10 @@ An engine's eligibility is a pure predicate on shapes, dtypes and devices; an el
 
 from types import ModuleType
 
-from xhead.engines import chunked, gram, reference
+from xhead.engines import chunked, gram, reference, triton
 from xhead.engines.problem import Problem
 
-_ENGINES: dict[str, ModuleType] = {"gram": gram, "chunked": chunked, "reference": reference}
+_ENGINES: dict[str, ModuleType] = {"gram": gram, "triton": triton, "chunked": chunked, "reference": reference}
 """In the order in which `"auto"` asks them."""
 
 

@@ -19,20 +19,9 @@ def eligible(problem: Problem) -> bool:
     return True
 
 
-def _split(problem: Problem) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that are streamed, and those left to the closed forms.
-
-    A target that is one class a row is streamed with the others: next to its own softmax entry the two gradients cancel
-    exactly, which they would not when rounded apart.
-    """
-    closed = tuple(name for name in problem.closed_names if name != "target")
-    streamed = tuple(name for name in problem.names if name not in closed)
-    return streamed, closed
-
-
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
     """Two per-row statistics that the gradient needs, the moments of the closed forms, and what the filter left out."""
-    streamed, closed = _split(problem)
+    streamed, closed = problem.streamed_names, problem.other_names
     found = [torch.empty(problem.rows, dtype=problem.accumulate_dtype, device=problem.hidden.device) for _ in _STATE]
     return [
         *found,
@@ -45,7 +34,7 @@ _STATE = ("lse", "uniform_mean")
 
 
 def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
-    streamed, closed = _split(problem)
+    streamed, closed = problem.streamed_names, problem.other_names
     results, moments = gram.forward(problem.having(closed), save)
     streaming = problem.having(streamed)
     rows = Rows(streaming)
@@ -98,7 +87,7 @@ def _nothing(problem: Problem) -> Results:
 def backward(
     problem: Problem, results: Results, state: list[Tensor], grads: Results, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    streamed, closed = _split(problem)
+    streamed, closed = problem.streamed_names, problem.other_names
     known = dict(zip(_STATE, state[:2], strict=True)) | results
     moments, skipped = state[2:5], skipping.restore(state[5:])
     streaming = problem.having(streamed)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xhead.engines.problem import Problem, Results, cap, column_rows
+from xhead.engines.problem import Problem, Results, cap, cap_slope, column_rows
 
 _CLASS_BLOCK = 512  # rows of weight, and gathered rows, held in the accumulation dtype at a time
 
@@ -100,6 +100,10 @@ class ClosedFormGradient:
         if self.variance_grad is not None:
             self.variance_moment = weighted_gram(problem, self.variance_grad)
         self.entries = _gathered_entries(problem, grads, order)
+
+    def any(self) -> bool:
+        """Whether there is anything to add."""
+        return self.mean_grad is not None or self.variance_grad is not None or self.entries is not None
 
     def add_hidden_grad(self, hidden_grad: Tensor) -> None:
         problem = self.problem
@@ -241,11 +245,9 @@ def gathered_logits(problem: Problem, row: Tensor, column: Tensor) -> Tensor:
     return cap(logits.mul_(problem.scale), problem.softcap)
 
 
-def cap_slope(logits: Tensor, problem: Problem) -> Tensor | float:
+def _slope(logits: Tensor, problem: Problem) -> Tensor | float:
     """Derivative of the capped logits for the raw product `h~ . w~`."""
-    if problem.softcap is None:
-        return problem.scale
-    return problem.scale * (1 - (logits / problem.softcap) ** 2)
+    return problem.scale * cap_slope(logits, problem.softcap)
 
 
 def _rowwise(hidden: Tensor, function) -> Tensor:
@@ -271,10 +273,10 @@ def _gathered_entries(problem: Problem, grads: Results, order: Tensor | None) ->
         assert problem.target is not None
         row = torch.arange(problem.rows, device=problem.hidden.device)
         logits = gathered_logits(problem, row, problem.target) if problem.softcap is not None else grads["target"]
-        pieces.append((row, problem.target, grads["target"] * cap_slope(logits, problem)))
+        pieces.append((row, problem.target, grads["target"] * _slope(logits, problem)))
     if "subset_lse" in grads:
         row, logits, lse = _subset_lse(problem)
-        slope = (logits - lse[row]).exp_() * cap_slope(logits, problem)
+        slope = (logits - lse[row]).exp_() * _slope(logits, problem)
         pieces.append((row, problem.columns, grads["subset_lse"][row] * slope))
     if not pieces:
         return None

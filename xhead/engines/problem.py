@@ -75,6 +75,20 @@ class Problem:
                 closed.append(name)
         return tuple(closed)
 
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        """The names that are left to the closed forms where others need a pass over the logits.
+
+        A target that is one class a row is streamed with those: next to its own softmax entry the two gradients cancel
+        exactly, which they would not when rounded apart.
+        """
+        return tuple(name for name in self.closed_names if name != "target")
+
+    @property
+    def streamed_names(self) -> tuple[str, ...]:
+        """The names that a pass over the logits gives."""
+        return tuple(name for name in self.names if name not in self.other_names)
+
     def having(self, names: tuple[str, ...]) -> "Problem":
         return replace(self, names=names)
 
@@ -95,3 +109,8 @@ def column_rows(row_offsets: Tensor) -> Tensor:
 def cap(logits: Tensor, softcap: float | None) -> Tensor:
     """`softcap * tanh(logits / softcap)`."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def cap_slope(capped: Tensor, softcap: float | None) -> Tensor | float:
+    """Derivative of the cap, from its result: `1 - (capped / softcap)^2`."""
+    return 1.0 if softcap is None else 1 - (capped / softcap).square()

@@ -1,0 +1,42 @@
+"""Sizes of the tiles, and how many warps and pipeline stages work on one."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Blocks(NamedTuple):
+    """A tile of logits is `rows` x `classes`, formed and multiplied out `inner` at a time."""
+
+    rows: int = 128
+    classes: int = 256
+    inner: int = 64
+    warps: int = 8
+    stages: int = 3
+
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a kernel's launch."""
+        return {
+            "BLOCK_N": self.rows,
+            "BLOCK_V": self.classes,
+            "BLOCK_D": self.inner,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def blocks_for(dtype: torch.dtype, device: torch.device) -> Blocks:
+    """Tensor cores take half precision; float32 is multiplied out in full, on smaller tiles."""
+    if device.type == "cuda":
+        return blocks_of(dtype, torch.cuda.get_device_capability(device)[0])
+    return blocks_of(dtype, _NEWEST)
+
+
+def blocks_of(dtype: torch.dtype, major: int) -> Blocks:
+    """The blocks for a compute capability. Before 9.0, sums live in the registers that also feed the tensor cores."""
+    if dtype == torch.float32:
+        return Blocks(64, 128, 32, warps=8, stages=2)
+    return Blocks(128, 128, 32, warps=8, stages=4) if major < 9 else Blocks()
+
+
+_NEWEST = 10

@@ -1,0 +1,108 @@
+"""Backward, first part: the residual of each active tile, from its logits formed again."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xhead_kernels.blocks import Blocks
+from xhead_kernels.tile import tile_logits
+
+
+@triton.jit
+def _residual_kernel(
+    hidden,
+    weight,
+    bias,
+    target,  # (N,)
+    lse,  # (N,)
+    level,  # (N,)
+    target_level,  # (N,)
+    row_block_of,  # (tiles,)
+    class_block_of,  # (tiles,)
+    out,  # (tiles, BLOCK_N, BLOCK_V)
+    rows,
+    classes,
+    size,
+    hidden_stride,
+    weight_stride,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    local_row, local_column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
+    row = tl.load(row_block_of + tile) * BLOCK_N + local_row
+    column = tl.load(class_block_of + tile) * BLOCK_V + local_column
+    logits = tile_logits(
+        hidden, weight, bias, row, column, rows, classes, size, hidden_stride, weight_stride, scale, softcap,
+        HAS_BIAS, HAS_CAP, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    row_inside = row < rows
+    row_lse = tl.load(lse + row, mask=row_inside, other=0.0)
+    residual = tl.exp(logits - row_lse[:, None]) * tl.load(level + row, mask=row_inside, other=0.0)[:, None]
+    if HAS_TARGET:
+        wanted = tl.load(target + row, mask=row_inside, other=-1)
+        target_value = tl.load(target_level + row, mask=row_inside, other=0.0)
+        residual += tl.where(column[None, :] == wanted[:, None], target_value[:, None], 0.0)
+    if HAS_CAP:
+        capped = logits / softcap
+        residual *= 1 - capped * capped
+    # Outside the matrices the logits are those of zeros, which count for nothing.
+    residual = tl.where(row_inside[:, None] & (column < classes)[None, :], residual, 0.0)
+    place = tile.to(tl.int64) * BLOCK_N * BLOCK_V + local_row[:, None] * BLOCK_V + local_column[None, :]
+    tl.store(out + place, residual)
+
+
+def residual_tiles(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (N,)
+    lse: Tensor,  # (N,)
+    level: Tensor,  # (N,)
+    target_level: Tensor | None,  # (N,)
+    row_block_of: Tensor,  # (tiles,) int32
+    class_block_of: Tensor,  # (tiles,) int32
+    blocks: Blocks,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """`level p + target_level 1[k = target]`, times the cap's slope, for the tiles listed.
+
+    (tiles, blocks.rows, blocks.classes) in the dtype of hidden, 0 outside the matrices. The levels are meant to be of
+    size 1, so that half precision holds them; `scale` is not multiplied in.
+    """
+    count = row_block_of.shape[0]
+    out = torch.empty(count, blocks.rows, blocks.classes, dtype=hidden.dtype, device=hidden.device)
+    if count:
+        _residual_kernel[(count,)](
+            hidden,
+            weight,
+            weight if bias is None else bias,
+            lse if target is None else target,
+            lse,
+            level,
+            lse if target_level is None else target_level,
+            row_block_of,
+            class_block_of,
+            out,
+            hidden.shape[0],
+            weight.shape[0],
+            hidden.shape[1],
+            hidden.stride(0),
+            weight.stride(0),
+            scale,
+            1.0 if softcap is None else softcap,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=softcap is not None,
+            HAS_TARGET=target_level is not None,
+            **blocks.launch(),
+        )
+    return out

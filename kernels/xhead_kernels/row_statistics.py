@@ -1,0 +1,137 @@
+"""Forward: log-sum-exp and largest logit of each row, and what each tile holds of a row, in one pass."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xhead_kernels.blocks import Blocks
+from xhead_kernels.tile import tile_logits
+
+
+@triton.jit
+def _row_statistics_kernel(
+    hidden,
+    weight,
+    bias,
+    shift_out,  # (splits, N)
+    total_out,  # (splits, N)
+    argmax_out,  # (splits, N)
+    tile_lse_out,  # (tiles, N)
+    tile_peak_out,  # (tiles, N)
+    rows,
+    classes,
+    size,
+    hidden_stride,
+    weight_stride,
+    scale,
+    softcap,
+    tiles,
+    tiles_per_split,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_ARGMAX: tl.constexpr,
+    RECORD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    split = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = row < rows
+    shift = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_ARGMAX:
+        largest = tl.zeros((BLOCK_N,), dtype=tl.int64)
+    first = split * tiles_per_split
+    if RECORD:
+        tile_lse_out += first.to(tl.int64) * rows
+        tile_peak_out += first.to(tl.int64) * rows
+    for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
+        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        logits = tile_logits(
+            hidden, weight, bias, row, column, rows, classes, size, hidden_stride, weight_stride, scale, softcap,
+            HAS_BIAS, HAS_CAP, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        logits = tl.where((column < classes)[None, :], logits, float("-inf"))
+        peak = tl.max(logits, 1)
+        if HAS_ARGMAX:
+            largest = tl.where(peak > shift, tl.argmax(logits, 1).to(tl.int64) + tile * BLOCK_V, largest)
+        # A tile of -inf only must not become NaN through -inf - (-inf); a NaN has to stay one.
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        tile_total = tl.sum(tl.exp(logits - base[:, None]), 1)
+        if RECORD:
+            tile_lse = base + tl.log(tile_total)
+            tl.store(tile_lse_out + row, tile_lse, mask=row_inside)
+            # Rounded up, so that the test that it serves never skips what it should keep.
+            tl.store(tile_peak_out + row, peak - tile_lse + 1 / 256, mask=row_inside)
+            tile_lse_out += rows
+            tile_peak_out += rows
+        new_shift = tl.where(peak > shift, peak, shift)
+        new_shift = tl.where(peak != peak, peak, new_shift)
+        safe = tl.where(new_shift == float("-inf"), 0.0, new_shift)
+        total = total * tl.exp(shift - safe) + tile_total * tl.exp(base - safe)
+        shift = new_shift
+    place = split * rows + row
+    tl.store(shift_out + place, shift, mask=row_inside)
+    tl.store(total_out + place, total, mask=row_inside)
+    if HAS_ARGMAX:
+        tl.store(argmax_out + place, largest, mask=row_inside)
+
+
+def row_statistics(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    blocks: Blocks,
+    *,
+    scale: float,
+    softcap: float | None,
+    argmax: bool,
+    tile_lse: Tensor | None,  # (tiles, N) float32, written
+    tile_peak: Tensor | None,  # (tiles, N) float16, written: the tile's largest logit less its log-sum-exp
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`lse` (N,), `max` (N,) in float32 and `argmax` (N,) where asked for."""
+    (rows, size), classes = hidden.shape, weight.shape[0]
+    tiles = triton.cdiv(classes, blocks.classes)
+    row_blocks = triton.cdiv(rows, blocks.rows)
+    splits = _splits(row_blocks, tiles, hidden.device)
+    float_options = {"dtype": torch.float32, "device": hidden.device}
+    shift, total = torch.empty(splits, rows, **float_options), torch.empty(splits, rows, **float_options)
+    largest = torch.empty(splits, rows, dtype=torch.int64, device=hidden.device) if argmax else None
+    _row_statistics_kernel[(row_blocks, splits)](
+        hidden,
+        weight,
+        weight if bias is None else bias,
+        shift,
+        total,
+        shift if largest is None else largest,
+        shift if tile_lse is None else tile_lse,
+        shift if tile_peak is None else tile_peak,
+        rows,
+        classes,
+        size,
+        hidden.stride(0),
+        weight.stride(0),
+        scale,
+        1.0 if softcap is None else softcap,
+        tiles,
+        triton.cdiv(tiles, splits),
+        HAS_BIAS=bias is not None,
+        HAS_CAP=softcap is not None,
+        HAS_ARGMAX=argmax,
+        RECORD=tile_lse is not None,
+        **blocks.launch(),
+    )
+    highest, place = shift.max(0)
+    base = highest.masked_fill(highest == float("-inf"), 0.0)
+    lse = (total * (shift - base).exp()).sum(0).log() + base
+    return lse, highest, None if largest is None else largest.gather(0, place[None]).squeeze(0)
+
+
+def _splits(row_blocks: int, tiles: int, device: torch.device) -> int:
+    """How many programs share the classes of a block of rows: enough for two on each multiprocessor."""
+    if device.type != "cuda":
+        return min(2, tiles)
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(tiles, triton.cdiv(wanted, row_blocks)))
