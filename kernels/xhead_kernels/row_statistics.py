@@ -57,7 +57,7 @@ def _row_statistics_kernel(
         peak = tl.max(logits, 1)
         if HAS_ARGMAX:
             largest = tl.where(peak > shift, tl.argmax(logits, 1).to(tl.int64) + tile * BLOCK_V, largest)
-        # A tile of -inf only must not become NaN through -inf - (-inf); a NaN has to stay one.
+        # A tile of -inf only must not become NaN through -inf - (-inf).
         base = tl.where(peak == float("-inf"), 0.0, peak)
         tile_total = tl.sum(tl.exp(logits - base[:, None]), 1)
         if RECORD:
@@ -67,8 +67,7 @@ def _row_statistics_kernel(
             tl.store(tile_peak_out + row, peak - tile_lse + 1 / 256, mask=row_inside)
             tile_lse_out += rows
             tile_peak_out += rows
-        new_shift = tl.where(peak > shift, peak, shift)
-        new_shift = tl.where(peak != peak, peak, new_shift)
+        new_shift = tl.maximum(shift, peak)
         safe = tl.where(new_shift == float("-inf"), 0.0, new_shift)
         total = total * tl.exp(shift - safe) + tile_total * tl.exp(base - safe)
         shift = new_shift
