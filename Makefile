@@ -15,6 +15,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.10 python; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$name && break; done)
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +39,9 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet $(PINS) --editable ".[dev]"
+# Builds of torch for a GPU bring their own triton; for the others its interpreter and compiler serve the tests.
+	@[ "$$(uname)" != Linux ] || $(BIN)/python -c 'import triton' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet $(TRITON)
 	touch $@
 
 demo: $(VENV)/.base

@@ -12,7 +12,7 @@ from benchmarks.measure import peak_allocated
 from tests.dense import dense_logits, relative_error
 from tests.dense_losses import DEFINITIONS, cross_entropy
 from tests.tiny import tokens, twins
-from xhead.losses import describe_loss, get_loss
+from xhead.losses import describe_loss, get_loss, vectors
 
 ROWS, CLASSES, SIZE = 41, 1031, 13
 
@@ -248,7 +248,14 @@ def memory_share(loss, classes):
     return beyond / (rows * classes * 4)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Losses that build a block of rows at a time build small ones here, since the rows are few."""
+    monkeypatch.setattr(vectors, "BLOCK_BYTES", 1 << 18)
+
+
 @registered
+@pytest.mark.usefixtures("small_blocks")
 def test_no_loss_builds_the_logits(name):
     assert memory_share(get_loss(name, **NEEDED.get(name, {})), 30_011) < 1 / 4
 
@@ -262,6 +269,7 @@ def test_a_loss_that_builds_the_logits_is_found_out():
 
 @pytest.mark.slow
 @registered
+@pytest.mark.usefixtures("small_blocks")
 def test_no_loss_builds_many_logits(name):
     assert memory_share(get_loss(name, **NEEDED.get(name, {})), 100_003) < 1 / 4
 

@@ -54,6 +54,8 @@ def _train(rank, folder):
                 msg=lambda text, name=name: f"{name} {text}",
             )  # fmt: skip
         assert xhead.status(model).materialized == 0
+        # A process that leaves while another still sends takes its threads away under it.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -61,6 +61,8 @@ def _train(rank, folder, tied):
             assert (status.cut, status.materialized) == (1, 0), name
         _train_with_split_head(mesh, tied)
         _train_on_numbers(mesh, rank, tied)
+        # A process that leaves while another still sends takes its threads away under it.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

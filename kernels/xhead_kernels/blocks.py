@@ -1,6 +1,6 @@
 """Sizes of the tiles, and how many warps and pipeline stages work on one."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,15 +14,21 @@ class Blocks(NamedTuple):
     warps: int = 8
     stages: int = 3
 
-    def launch(self) -> dict[str, int]:
-        """Keyword arguments of a kernel's launch."""
+    def launch(self, **options: Any) -> dict[str, Any]:
+        """Keyword arguments of a kernel's launch: these sizes, and the options of the call, which come first."""
         return {
             "BLOCK_N": self.rows,
             "BLOCK_V": self.classes,
             "BLOCK_D": self.inner,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            **options,
         }
+
+
+def ceil_divide(count: int, size: int) -> int:
+    """How many blocks of `size` hold `count`."""
+    return -(-count // size)
 
 
 def blocks_for(dtype: torch.dtype, device: torch.device) -> Blocks:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xhead_kernels.blocks import Blocks
+from xhead_kernels.blocks import Blocks, ceil_divide
 from xhead_kernels.tile import multiply_add
 
 
@@ -122,7 +122,7 @@ def add_hidden_grad(
     """`hidden_grad += factor * residual @ weight` over the tiles of each block of rows."""
     rows, size = hidden_grad.shape
     width = 2 * blocks.inner
-    _hidden_grad_kernel[(triton.cdiv(rows, blocks.rows), triton.cdiv(size, width))](
+    _hidden_grad_kernel[(ceil_divide(rows, blocks.rows), ceil_divide(size, width))](
         residual,
         weight,
         row_start,
@@ -135,12 +135,7 @@ def add_hidden_grad(
         weight.stride(0),
         hidden_grad.stride(0),
         factor,
-        BLOCK_N=blocks.rows,
-        BLOCK_V=blocks.classes,
-        BLOCK_D=width,
-        INNER=min(blocks.inner, blocks.classes),
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **blocks.launch(BLOCK_D=width, INNER=min(blocks.inner, blocks.classes)),
     )
 
 
@@ -162,7 +157,7 @@ def write_weight_grad(
     """`factor * residual' @ hidden + rest` for the class blocks from `first_block` on; `add`: to what is there."""
     rows, size = hidden.shape
     width = 2 * blocks.inner
-    _weight_grad_kernel[(class_start.shape[0] - 1, triton.cdiv(size, width))](
+    _weight_grad_kernel[(class_start.shape[0] - 1, ceil_divide(size, width))](
         residual,
         hidden,
         class_start,
@@ -178,12 +173,5 @@ def write_weight_grad(
         hidden.stride(0),
         weight_grad.stride(0),
         factor,
-        HAS_BIAS=bias_grad is not None,
-        ADD=add,
-        BLOCK_N=blocks.rows,
-        BLOCK_V=blocks.classes,
-        BLOCK_D=width,
-        INNER=min(blocks.inner, blocks.rows),
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **blocks.launch(HAS_BIAS=bias_grad is not None, ADD=add, BLOCK_D=width, INNER=min(blocks.inner, blocks.rows)),
     )

@@ -100,9 +100,8 @@ def residual_tiles(
             weight.stride(0),
             scale,
             1.0 if softcap is None else softcap,
-            HAS_BIAS=bias is not None,
-            HAS_CAP=softcap is not None,
-            HAS_TARGET=target_level is not None,
-            **blocks.launch(),
+            **blocks.launch(
+                HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, HAS_TARGET=target_level is not None
+            ),
         )
     return out

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xhead_kernels.blocks import Blocks
+from xhead_kernels.blocks import Blocks, ceil_divide
 from xhead_kernels.tile import tile_logits
 
 
@@ -92,8 +92,8 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`lse` (N,), `max` (N,) in float32 and `argmax` (N,) where asked for."""
     (rows, size), classes = hidden.shape, weight.shape[0]
-    tiles = triton.cdiv(classes, blocks.classes)
-    row_blocks = triton.cdiv(rows, blocks.rows)
+    tiles = ceil_divide(classes, blocks.classes)
+    row_blocks = ceil_divide(rows, blocks.rows)
     splits = _splits(row_blocks, tiles, hidden.device)
     float_options = {"dtype": torch.float32, "device": hidden.device}
     shift, total = torch.empty(splits, rows, **float_options), torch.empty(splits, rows, **float_options)
@@ -115,12 +115,10 @@ def row_statistics(
         scale,
         1.0 if softcap is None else softcap,
         tiles,
-        triton.cdiv(tiles, splits),
-        HAS_BIAS=bias is not None,
-        HAS_CAP=softcap is not None,
-        HAS_ARGMAX=argmax,
-        RECORD=tile_lse is not None,
-        **blocks.launch(),
+        ceil_divide(tiles, splits),
+        **blocks.launch(
+            HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, HAS_ARGMAX=argmax, RECORD=tile_lse is not None
+        ),
     )
     highest, place = shift.max(0)
     base = highest.masked_fill(highest == float("-inf"), 0.0)
@@ -133,4 +131,4 @@ def _splits(row_blocks: int, tiles: int, device: torch.device) -> int:
     if device.type != "cuda":
         return min(2, tiles)
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(tiles, triton.cdiv(wanted, row_blocks)))
+    return max(1, min(tiles, ceil_divide(wanted, row_blocks)))

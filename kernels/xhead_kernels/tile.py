@@ -2,9 +2,10 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 # The interpreter holds bfloat16 as integers, and multiplies them as such.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit

@@ -8,8 +8,8 @@ from types import ModuleType
 from xhead.engines import chunked, gram, reference, triton
 from xhead.engines.problem import Problem
 
-_ENGINES: dict[str, ModuleType] = {"gram": gram, "triton": triton, "chunked": chunked, "reference": reference}
-"""In the order in which `"auto"` asks them."""
+_ENGINES: dict[str, ModuleType] = {"gram": gram, "chunked": chunked, "triton": triton, "reference": reference}
+"""In the order in which `"auto"` asks them: Triton's has to be named, until it has been measured on a GPU."""
 
 
 def names() -> list[str]:

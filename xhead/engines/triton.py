@@ -39,9 +39,9 @@ def eligible(problem: Problem) -> bool:
 def _available(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
-    import triton
+    from triton import knobs
 
-    return device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret)
+    return device.type == "cuda" or (device.type == "cpu" and knobs.runtime.interpret)
 
 
 def _kernels() -> Any:

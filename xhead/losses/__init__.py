@@ -146,6 +146,7 @@ def _known_losses() -> str:
 
 
 from xhead.losses import (  # noqa: E402  register themselves
+    adaptive_margins,  # noqa: F401
     alignment,  # noqa: F401
     cross_entropy,  # noqa: F401
     distillation,  # noqa: F401
