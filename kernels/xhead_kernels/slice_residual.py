@@ -10,7 +10,8 @@ from xhead_kernels.blocks import ceil_divide
 from xhead_kernels.slices import Slice, in_columns, load_values, slice_logits
 from xhead_kernels.summands import summand_slope
 
-_BLOCK = 1024  # classes of a program
+BLOCK = 1024  # classes of a program
+WARPS = 4
 
 
 class RowFactors(NamedTuple):
@@ -122,11 +123,11 @@ def slice_residual(part: Slice, factors: RowFactors, out: Tensor) -> None:
     rows, classes = part.products.shape
     if not out.numel():
         return
-    _slice_residual_kernel[(rows, ceil_divide(classes, _BLOCK))](
+    _slice_residual_kernel[(rows, ceil_divide(classes, BLOCK))](
         **part.arguments(),
         **{f"{name}_of": tensor for name, tensor in factors._asdict().items()},
         out=out,
         out_stride=out.stride(0),
-        BLOCK=_BLOCK,
-        num_warps=4,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )

@@ -10,6 +10,7 @@ from xhead_kernels.slices import Slice, in_columns, load_values, slice_logits
 from xhead_kernels.summands import summand_value
 
 BLOCK = 2048  # classes a program sums up
+WARPS = 8
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def slice_statistics(part: Slice, names: tuple[str, ...]) -> dict[str, Tensor]:
         centre_out=found.get("centre"),
         variance_out=found.get("variance"),
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=WARPS,
     )
     return found
 
