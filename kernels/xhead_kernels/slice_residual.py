@@ -1,6 +1,6 @@
 """Backward over a slice of the classes: the gradient of any of the statistics for the products, entry by entry."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ from xhead_kernels.slices import Slice, in_columns, load_values, slice_logits
 from xhead_kernels.summands import summand_slope
 
 BLOCK = 1024  # classes of a program
-WARPS = 4
+WARPS = 8
 
 
 class RowFactors(NamedTuple):
@@ -79,6 +79,8 @@ def _slice_residual_kernel(
     local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, column = local < classes, first_class + local
     logits = slice_logits(products, bias, row, local, first_class, classes, products_stride, scale, softcap)
+    # 0 * inf would be NaN.
+    finite = tl.where(inside, logits, 0.0)
     residual = tl.zeros((BLOCK,), dtype=tl.float32)
     if lse_of is not None:
         factor = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -96,7 +98,7 @@ def _slice_residual_kernel(
         share = tl.exp(logits - tl.load(complement_lse_of + row)) * tl.load(complement_of + row)
         residual += tl.where(in_columns(column, row_offsets, columns, row, BLOCK), 0.0, share)
     if pointwise_of is not None:
-        residual += tl.load(pointwise_of + row) * summand_slope(logits, gamma, margin, POINTWISE)
+        residual += tl.load(pointwise_of + row) * summand_slope(finite, gamma, margin, POINTWISE)
     if target_of is not None:
         upstream = tl.load(target_of + row)
         if SOFT_TARGET:
@@ -111,9 +113,9 @@ def _slice_residual_kernel(
         else:
             residual += upstream
     if variance_of is not None:
-        residual += tl.load(variance_of + row) * tl.where(inside, logits - tl.load(centre_of + row), 0.0)
+        residual += tl.load(variance_of + row) * (finite - tl.load(centre_of + row))
     if softcap is not None:
-        ratio = tl.where(inside, logits / softcap, 0.0)
+        ratio = finite / softcap
         residual *= 1 - ratio * ratio
     tl.store(out + row.to(tl.int64) * out_stride + local, residual * scale, mask=inside)
 
@@ -123,11 +125,12 @@ def slice_residual(part: Slice, factors: RowFactors, out: Tensor) -> None:
     rows, classes = part.products.shape
     if not out.numel():
         return
-    _slice_residual_kernel[(rows, ceil_divide(classes, BLOCK))](
+    options: dict[str, Any] = {
         **part.arguments(),
         **{f"{name}_of": tensor for name, tensor in factors._asdict().items()},
-        out=out,
-        out_stride=out.stride(0),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+        "out": out,
+        "out_stride": out.stride(0),
+        "BLOCK": BLOCK,
+        "num_warps": WARPS,
+    }
+    _slice_residual_kernel[(rows, ceil_divide(classes, BLOCK))](**options)

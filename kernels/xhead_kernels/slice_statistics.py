@@ -1,5 +1,7 @@
 """Forward over a slice of the classes: what each row's logits in it add to any of the statistics."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,7 @@ def _slice_statistics_kernel(
     expectation_out,  # (blocks, n, VALUES)
     complement_shift_out,
     complement_total_out,
-    pointwise_out,
+    pointwise_sum_out,
     target_out,
     mean_out,
     centre_out,
@@ -60,6 +62,8 @@ def _slice_statistics_kernel(
     exponentials = tl.exp(logits - base)
     tl.store(shift_out + place, shift)
     tl.store(total_out + place, tl.sum(exponentials, 0))
+    # 0 * inf would be NaN.
+    finite = tl.where(inside, logits, 0.0)
     if argmax_out is not None:
         tl.store(argmax_out + place, tl.argmax(logits, 0).to(tl.int64) + first_class + block * BLOCK)
     if entropy_out is not None:
@@ -75,20 +79,20 @@ def _slice_statistics_kernel(
         others_base = tl.where(others_shift == float("-inf"), 0.0, others_shift)
         tl.store(complement_shift_out + place, others_shift)
         tl.store(complement_total_out + place, tl.sum(tl.exp(others - others_base), 0))
-    if pointwise_out is not None:
-        summands = summand_value(logits, gamma, margin, POINTWISE)
-        tl.store(pointwise_out + place, tl.sum(tl.where(inside, summands, 0.0), 0))
+    if pointwise_sum_out is not None:
+        summands = summand_value(finite, gamma, margin, POINTWISE)
+        tl.store(pointwise_sum_out + place, tl.sum(tl.where(inside, summands, 0.0), 0))
     if target_out is not None:
         share = tl.load(target + row.to(tl.int64) * target_stride + local, mask=inside, other=0.0).to(tl.float32)
-        tl.store(target_out + place, tl.sum(tl.where(inside, share * logits, 0.0), 0))
+        tl.store(target_out + place, tl.sum(share * finite, 0))
     if mean_out is not None:
-        weighted = logits
+        weighted = finite
         if mean_weight is not None:
-            weighted = logits * tl.load(mean_weight + column, mask=inside, other=0.0)
-        tl.store(mean_out + place, tl.sum(tl.where(inside, weighted, 0.0), 0))
+            weighted *= tl.load(mean_weight + column, mask=inside, other=0.0)
+        tl.store(mean_out + place, tl.sum(weighted, 0))
     if variance_out is not None:
         count = tl.sum(inside.to(tl.float32), 0)
-        centre = tl.sum(tl.where(inside, logits, 0.0), 0) / count
+        centre = tl.sum(finite, 0) / count
         deviation = tl.where(inside, logits - centre, 0.0)
         tl.store(centre_out + place, centre)
         tl.store(variance_out + place, tl.sum(deviation * deviation, 0))
@@ -118,26 +122,16 @@ def slice_statistics(part: Slice, names: tuple[str, ...]) -> dict[str, Tensor]:
     if "expectation" in names:
         assert part.values is not None
         found["expectation"] = torch.empty(*shape, part.values.shape[1], **options)
-    _slice_statistics_kernel[(rows, shape[0])](
-        **part.arguments(),
-        shift_out=found["shift"],
-        total_out=found["total"],
-        argmax_out=found.get("argmax"),
-        entropy_out=found.get("entropy"),
-        expectation_out=found.get("expectation"),
-        complement_shift_out=found.get("complement_shift"),
-        complement_total_out=found.get("complement_total"),
-        pointwise_out=found.get("pointwise_sum"),
-        target_out=found.get("target"),
-        mean_out=found.get("mean"),
-        centre_out=found.get("centre"),
-        variance_out=found.get("variance"),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    options: dict[str, Any] = {f"{key}_out": found.get(key) for key in _OUTPUTS}
+    options |= {**part.arguments(), "BLOCK": BLOCK, "num_warps": WARPS}
+    _slice_statistics_kernel[(rows, shape[0])](**options)
     return found
 
 
+_OUTPUTS = (
+    "shift", "total", "argmax", "entropy", "expectation", "complement_shift", "complement_total", "pointwise_sum",
+    "target", "mean", "centre", "variance",
+)  # fmt: skip
 _KEYS = {
     "entropy": ("entropy",),
     "complement_lse": ("complement_shift", "complement_total"),

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from xhead_kernels.tile import capped
 
-MOST_VALUES = 16  # columns of `values` that a program can hold in registers
-
 
 class Slice(NamedTuple):
     """`hidden @ weight.T` for n rows and the classes `first_class` to `first_class + c`, and what goes with them."""
@@ -46,7 +44,7 @@ class Slice(NamedTuple):
             "scale": self.scale,
             "softcap": self.softcap,
             "gamma": gamma,
-            "margin": margin,
+            "margin": margin if margin > 0 else None,
             "POINTWISE": self.pointwise,
             "SOFT_TARGET": self.target is not None and self.target.ndim == 2,
             "VALUES": 0 if self.values is None else self.values.shape[1],

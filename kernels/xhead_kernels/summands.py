@@ -23,22 +23,33 @@ def softplus(x):
 
 @triton.jit
 def shifted(x, margin):
-    """`u = max(sigmoid(x) - margin, 0)`, never quite 0 so that it can be divided by, and `log(1 - u)`."""
-    u = tl.maximum(tl.sigmoid(x) - margin, TINY)
-    return u, tl.where(margin > 0, log_of_one_plus(-u), -softplus(x))
+    """`u = max(sigmoid(x) - margin, 0)`, never quite 0 so that it can be divided by."""
+    u = tl.sigmoid(x)
+    if margin is not None:
+        u -= margin
+    return tl.maximum(u, TINY)
+
+
+@triton.jit
+def log_of_rest(x, u, margin):
+    """`log(1 - u)` of what `shifted` gave for x."""
+    if margin is None:
+        return -softplus(x)
+    else:
+        return log_of_one_plus(-u)
 
 
 @triton.jit
 def summand_value(x, gamma, margin, NAME: tl.constexpr):
-    """s(x), by the name of the function; gamma and margin are those of `asymmetric`."""
+    """s(x), by the name of the function; gamma and margin (None for 0) are those of `asymmetric`."""
     if NAME == "softplus":
         return softplus(x)
     elif NAME == "stablemax":
         return tl.where(x < 0, 1 / (1 - x), x + 1)
     else:
         tl.static_assert(NAME == "asymmetric")
-        u, log_rest = shifted(x, margin)
-        return -tl.exp(gamma * tl.log(u)) * log_rest
+        u = shifted(x, margin)
+        return -tl.exp(gamma * tl.log(u)) * log_of_rest(x, u, margin)
 
 
 @triton.jit
@@ -50,9 +61,12 @@ def summand_slope(x, gamma, margin, NAME: tl.constexpr):
         return tl.where(x >= 0, 1.0, 1 / ((1 - x) * (1 - x)))
     else:
         tl.static_assert(NAME == "asymmetric")
-        u, log_rest = shifted(x, margin)
+        u = shifted(x, margin)
+        log_rest = log_of_rest(x, u, margin)
         power, positive, negative = tl.exp(gamma * tl.log(u)), tl.sigmoid(x), tl.sigmoid(-x)
-        # u^gamma (1 / (1 - u) - gamma log(1 - u) / u) du/dx, with what cancels in it where u is sigmoid(x) cancelled.
-        plain = power * (positive - gamma * negative * log_rest)
-        slope = power * (1 / (1 - u) - gamma * log_rest / u) * positive * negative
-        return tl.where(margin > 0, tl.where(positive <= margin, 0.0, slope), plain)
+        # u^gamma (1 / (1 - u) - gamma log(1 - u) / u) du/dx
+        if margin is None:
+            return power * (positive - gamma * negative * log_rest)
+        else:
+            slope = power * (1 / (1 - u) - gamma * log_rest / u) * positive * negative
+            return tl.where(positive <= margin, 0.0, slope)

@@ -23,7 +23,8 @@ class Operands:
         self.hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
         self.weight = problem.weight if problem.weight.stride(-1) == 1 else problem.weight.contiguous()
         self.bias = None if problem.bias is None else problem.bias.contiguous()
-        hard = problem.target is not None and not problem.soft_target
-        self.target: Tensor | None = self.rows.take(problem.target).contiguous() if hard else None
+        self.target: Tensor | None = None
+        if problem.target is not None and not problem.soft_target:
+            self.target = self.rows.take(problem.target).contiguous()
         self.blocks = kernels("blocks").blocks_for(hidden.dtype, hidden.device)
         self.options = {"scale": problem.scale, "softcap": problem.softcap}

@@ -1,8 +1,8 @@
 """The dense path of the Triton engine: a slice of the classes at a time, three GEMMs of torch and a kernel a slice.
 
 The products of a slice are float32 and so are the statistics: p = exp(o - lse) then has the digits that it needs
-where p of the target is nearly 1. With all rows in one block, each row of the weight's gradient is written once, by one GEMM that
-sums over all rows in float32; what is added up over the slices, in float32 too, is the gradient of hidden.
+where p of the target is nearly 1. With all rows in one block, each row of the weight's gradient is written once, by one
+GEMM that sums over all rows in float32; the gradient of hidden is added up over the slices, in float32 too.
 
     forward     products = hidden @ weight[slice]'      one GEMM, 2 N V D operations, and 8 bytes an entry moved
     backward    products again, residual @ weight[slice], residual' @ hidden: three GEMMs, and 14 bytes an entry
@@ -126,14 +126,14 @@ class Slices:
             slope = -grads["entropy"]
             level = (0.0 if level is None else level) + grads["entropy"] * (found["lse"] - found["entropy"])
         if "expectation" in grads:
-            direction = grads["expectation"].contiguous()
+            direction = grads["expectation"]
             level = (0.0 if level is None else level) - (direction * found["expectation"]).sum(1)
         complement_lse = None
         if "complement_lse" in grads:
             complement_lse = found["complement_lse"]
             complement_lse = complement_lse.masked_fill(complement_lse == float("-inf"), float("inf"))
         share = classes if self.mean_weight is None else self.mean_weight.sum()
-        return kernels("slice_residual").RowFactors(
+        factors = kernels("slice_residual").RowFactors(
             lse=None if level is None else found["lse"],
             level=level,
             slope=slope,
@@ -146,6 +146,8 @@ class Slices:
             centre=found["uniform_mean"] if "variance" in grads else None,
             variance=grads["variance"] * (2 / classes) if "variance" in grads else None,
         )
+        # The gradient of a sum is one number, expanded.
+        return factors._make(None if factor is None else factor.contiguous() for factor in factors)
 
     def add_gradients(
         self,

@@ -33,6 +33,7 @@ D 2,304 on an H100; torch's GEMM has to beat the kernel's by as much.
 """
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_VALUES = 16  # columns of `values` that a program holds in registers
 _FUSED = {"lse", "max", "argmax", "target"}
 
 
@@ -44,10 +45,11 @@ def eligible(problem: Problem) -> bool:
         and problem.hidden.dtype in _DTYPES
         and problem.transform is None
         and problem.hidden.shape[1] > 0
-        and (problem.values is None or problem.values.shape[1] <= kernels("slices").MOST_VALUES)
+        and (problem.values is None or problem.values.shape[1] <= _MOST_VALUES)
     )
 
 
+@torch.compiler.assume_constant_result
 def _available(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
@@ -70,9 +72,7 @@ def _fused(problem: Problem, save: bool) -> bool:
 def _recorded(problem: Problem, save: bool) -> bool:
     """Whether the forward leaves what each tile holds."""
     names, options = problem.streamed_names, problem.filter
-    return (
-        save and options.threshold > 0.0 and "lse" in names and _FUSED.issuperset(names) and not problem.soft_target
-    )
+    return save and options.threshold > 0.0 and "lse" in names and _FUSED.issuperset(names) and not problem.soft_target
 
 
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
@@ -155,7 +155,9 @@ def backward(
         found = {name: rows.take(value) for name, value in known.items()}
         tiles = None
         if tile_lse.numel() and _filtered(problem, upstream, needs):
-            tiles = ActiveTiles(streaming, operands, found["lse"], tile_lse[:, : rows.count], tile_peak[:, : rows.count])
+            tiles = ActiveTiles(
+                streaming, operands, found["lse"], tile_lse[:, : rows.count], tile_peak[:, : rows.count]
+            )
         if tiles is not None and tiles.share <= DENSE_SHARE:
             tiles.add_gradients(upstream, found.get("target"), hidden_grad, weight_grad, bias_grad)
         else:
