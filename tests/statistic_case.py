@@ -15,18 +15,18 @@ SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.b
 class Case:
     """Random inputs of one size, with everything that some statistic needs."""
 
-    def __init__(self, rows=37, classes=301, size=19, dtype=torch.float64, seed=0, bias=True, peak=1.0):
+    def __init__(self, rows=37, classes=301, size=19, dtype=torch.float64, seed=0, bias=True, peak=1.0, device="cpu"):
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
         self.hidden = (peak * normal(rows, size)).to(dtype).requires_grad_()
         self.weight = normal(classes, size).to(dtype).requires_grad_()
         self.bias = (5 * normal(classes)).to(dtype).requires_grad_() if bias else None
-        self.target = torch.randint(classes, (rows,), generator=generator)
+        self.target = torch.randint(classes, (rows,), generator=generator).to(device)
         self.values = normal(classes, 3)
-        self.columns = torch.randint(-1, classes, (rows, min(5, classes)), generator=generator)
+        self.columns = torch.randint(-1, classes, (rows, min(5, classes)), generator=generator).to(device)
         self.upstream = {name: normal(rows, 3) if name == "expectation" else normal(rows) for name in NAMES}
 
     @property
