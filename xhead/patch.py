@@ -12,7 +12,6 @@ from xhead.heads import list_heads
 from xhead.lazy import LazyLogits
 from xhead.losses import get_loss
 from xhead.projection import (
-    CutLinear,
     HeadPatch,
     claim,
     cut_layers,
