@@ -3,6 +3,11 @@
 `"linear"` is the projection that a model comes with.
 """
 
+from xhead.heads.fourier import FourierHead
+from xhead.heads.fourier_density import FourierDensity
+
+__all__ = ["FourierDensity", "FourierHead", "list_heads"]
+
 _HEADS = ("linear",)
 
 
