@@ -5,6 +5,7 @@ from xhead.lazy import LazyLogits
 from xhead.losses import list_losses
 from xhead.losses.cross_entropy import linear_cross_entropy
 from xhead.patch import patch, status, unpatch
+from xhead.replacement import load
 from xhead.standin import MaterializedWarning
 from xhead.statistics import Statistics
 
@@ -17,6 +18,7 @@ __all__ = [
     "linear_cross_entropy",
     "list_heads",
     "list_losses",
+    "load",
     "patch",
     "status",
     "unpatch",

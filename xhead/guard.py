@@ -74,8 +74,9 @@ def watch(owner: Any, patch: HeadPatch) -> None:
     owner.register_forward_hook(AfterForward(owner, patch), with_kwargs=True)
 
 
-def unwatch(model: nn.Module) -> None:
-    """Remove every hook that `watch` registered in `model`."""
+def unwatch(model: nn.Module) -> bool:
+    """Remove every hook that `watch` registered in `model`; whether there were any."""
+    found = False
     for module in model.modules():
         for hooks, extra in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
@@ -84,6 +85,8 @@ def unwatch(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, (BeforeForward, AfterForward))]:
                 del hooks[key]
                 extra.pop(key, None)
+                found = True
+    return found
 
 
 def _backbones(owner: Any) -> list[nn.Module]:

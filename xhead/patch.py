@@ -11,7 +11,16 @@ from xhead import guard
 from xhead.heads import list_heads
 from xhead.lazy import LazyLogits
 from xhead.losses import get_loss
-from xhead.projection import HeadPatch, claim, cut_layers, owner_and_head, projections, release
+from xhead.projection import (
+    HeadPatch,
+    claim,
+    cut_layers,
+    describe_patch,
+    owner_and_head,
+    projections,
+    release,
+)
+from xhead.replacement import has_replaced_head, replace_head, restore_head
 from xhead.standin import Record
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,10 +46,11 @@ def patch(
             `loss(logits, labels) -> rows` with `logits` a `LazyLogits` of shape (n, V), `labels` (n,) int64 and `rows`
             (n,), one number a row. Ignored rows, the reduction and
             `num_items_in_batch` stay with the model.
-        head: a name of `xhead.list_heads()`; `"linear"` keeps the model's own projection.
+        head: a name of `xhead.list_heads()`; `"linear"` keeps the model's own projection. Any other takes its
+            place, has a loss of its own, is saved with the model and loaded by `xhead.load`; `unpatch` undoes it.
         lazy_eval: lazy logits without gradients too, for evaluation that wants the loss or the predicted classes alone;
             the Trainer's `compute_metrics` wants the logits and cannot gather these.
-        options: options of the loss; in a sum, each goes to every term that has it.
+        options: options of the loss (in a sum, each goes to every term that has it), or of the head.
 
     Returns:
         The model, patched in place. A second call with the same arguments changes nothing.
@@ -60,14 +70,21 @@ def patch(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if head not in list_heads():
         raise ValueError(f"unknown head {head!r}; known are {', '.join(list_heads())}")
+    if head != "linear":
+        if loss != "cce":
+            raise ValueError(
+                f"the head {head!r} has a loss of its own, so loss={loss!r} cannot go with it; leave it out"
+            )
+        replace_head(model, head, lazy_eval, options)
+        return model
     function = get_loss(loss, **options)
-    wanted = (loss, options, lazy_eval)
+    wanted = (head, loss, options, lazy_eval)
     owner, projection = owner_and_head(model)
     for layer in cut_layers(model):
         if layer.xhead_patch.asked() != wanted:
             raise ValueError(
-                f"the model is already patched, with {_describe(*layer.xhead_patch.asked())}; got "
-                f"{_describe(*wanted)}. Call xhead.unpatch(model) first"
+                f"the model is already patched, with {describe_patch(*layer.xhead_patch.asked())}; got "
+                f"{describe_patch(*wanted)}. Call xhead.unpatch(model) first"
             )
     linears = projections(projection)
     guard.check_forward(owner)
@@ -80,12 +97,16 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Undo `patch`: the stock projection again, no hooks. Raises ValueError for a model that is not patched."""
-    layers = cut_layers(model)
-    if not layers:
+    """Undo `patch`: the stock projection again, its own module and parameters, and no hooks.
+
+    Raises ValueError for a model that is not patched, for one that was loaded with its head, and where an adapter wraps
+    a head.
+    """
+    if has_replaced_head(model):
+        restore_head(model)
+    if not guard.unwatch(model):
         raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
-    guard.unwatch(model)
-    release(layers)
+    release(cut_layers(model))
     return model
 
 
@@ -95,11 +116,12 @@ class Status:
 
     `cut` counts losses (and other row statistics) that were computed without the logits, `materialized` the times that
     logits had to be built after all, and `operations` what asked for them, by name. Calls inside a compiled graph are
-    not counted: `compiled` says that there are such.
+    not counted: `compiled` says that there are such. `loss` is None for a head with a loss of its own.
     """
 
     patched: bool
     loss: Any = None
+    head: str = "linear"
     lazy_eval: bool = False
     cut: int = 0
     materialized: int = 0
@@ -121,6 +143,7 @@ def status(model: nn.Module) -> Status:
     return Status(
         patched=True,
         loss=patches[0].loss,
+        head=patches[0].head,
         lazy_eval=patches[0].lazy_eval,
         cut=sum(each.record.cut for each in patches),
         materialized=sum(
@@ -129,8 +152,3 @@ def status(model: nn.Module) -> Status:
         operations=operations,
         compiled=any(each.record.compiled for each in patches),
     )
-
-
-def _describe(loss: Any, options: dict[str, Any], lazy_eval: bool) -> str:
-    named = {"loss": loss, **options, "lazy_eval": lazy_eval}
-    return ", ".join(f"{name}={value!r}" for name, value in named.items())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from xhead.heads.base import DATA_PARALLEL, Head, is_replica
 from xhead.lazy import LazyLogits
 from xhead.standin import Record
 
@@ -18,12 +19,19 @@ from xhead.standin import Record
 class HeadPatch:
     """What `xhead.patch` was asked for, shared by the projections of one model."""
 
-    def __init__(self, loss: Any, options: dict[str, Any], lazy_eval: bool, record: Record):
+    def __init__(self, loss: Any, options: dict[str, Any], lazy_eval: bool, record: Record, head: str = "linear"):
         self.loss, self.options, self.lazy_eval, self.record = loss, options, lazy_eval, record
+        self.head = head
         self.entered = False
 
-    def asked(self) -> tuple[Any, dict[str, Any], bool]:
-        return self.loss, self.options, self.lazy_eval
+    def asked(self) -> tuple[str, Any, dict[str, Any], bool]:
+        return self.head, self.loss, self.options, self.lazy_eval
+
+
+def describe_patch(head: str, loss: Any, options: dict[str, Any], lazy_eval: bool) -> str:
+    """What was asked for, as arguments."""
+    first = {"loss": loss} if head == "linear" else {"head": head}
+    return ", ".join(f"{name}={value!r}" for name, value in {**first, **options, "lazy_eval": lazy_eval}.items())
 
 
 class CutLinear(nn.Linear):
@@ -48,7 +56,7 @@ class CutLinear(nn.Linear):
             return super().forward(input)
         for reason, found in (
             ("DTensor weight", isinstance(self.weight, DTensor)),
-            ("DataParallel", _is_replica(self)),
+            ("DataParallel", is_replica(self)),
         ):
             if found:
                 patch.record.count_materialized(reason, _STOCK[reason])
@@ -65,14 +73,8 @@ class CutLinear(nn.Linear):
 
 _STOCK = {
     "DTensor weight": "the projection is split over devices (tensor parallel), and its logits are built as ever.",
-    "DataParallel": "it gathers the outputs of each GPU, so they are built as ever. Start one process a GPU instead, "
-    "with `accelerate launch` or `torchrun`.",
+    "DataParallel": DATA_PARALLEL,
 }
-
-
-def _is_replica(module: nn.Module) -> bool:
-    """Whether the module is one of the copies that `torch.nn.DataParallel` makes for a forward."""
-    return vars(module).get("_is_replica", False)
 
 
 def owner_and_head(model: nn.Module) -> tuple[Any, nn.Module]:
@@ -92,7 +94,7 @@ def owner_and_head(model: nn.Module) -> tuple[Any, nn.Module]:
 
 
 def projections(head: Any) -> list[Any]:
-    """The linear layers whose outputs are the logits: the head itself, or those inside the adapter that wraps it.
+    """The layers whose outputs are the logits: the head itself, or those inside the adapter that wraps it.
 
     Raises TypeError or ValueError, naming the fix, for a head that cannot be patched. Changes nothing.
     """
@@ -106,11 +108,13 @@ def projections(head: Any) -> list[Any]:
         low_rank = lora_b.values() if isinstance(lora_b, nn.ModuleDict) else ()
         plain = [layer for layer in low_rank if type(layer) is nn.Linear or isinstance(layer, CutLinear)]
         return [*projections(head.base_layer), *plain]
-    _check_linear(head)
+    if not isinstance(head, Head):
+        check_linear(head)
     return [head]
 
 
-def _check_linear(head: Any) -> None:
+def check_linear(head: Any) -> None:
+    """Raise TypeError or ValueError for an output projection that is no plain linear layer."""
     name = f"{type(head).__module__}.{type(head).__qualname__}"
     if type(head) is not nn.Linear and not isinstance(head, CutLinear):
         advice = "it has no linear projection of its own that could be left out"
@@ -135,14 +139,19 @@ def _check_linear(head: Any) -> None:
         )
 
 
-def claim(linears: list[nn.Linear], patch: HeadPatch) -> None:
-    """Swap the class of each layer to `CutLinear`, and let all of them share one patch (adapters copy the head's)."""
+def claim(linears: list[Any], patch: HeadPatch) -> None:
+    """Swap the class of each layer to `CutLinear`, and let all of them share one patch (adapters copy the head's).
+
+    Raises TypeError where a head of the patch's name is wanted and another layer found.
+    """
     for linear in linears:
-        if not isinstance(linear, CutLinear):
+        if (linear.name if isinstance(linear, Head) else "linear") != patch.head:
+            raise TypeError(f"it is a {type(linear).__name__} now, where the head {patch.head!r} was")
+        if not isinstance(linear, (CutLinear, Head)):
             linear.__class__ = CutLinear
             _rebind(linear, CutLinear.forward)
         if vars(linear).get("xhead_patch") is not patch:
-            linear.xhead_patch = patch  # type: ignore[assignment]
+            linear.xhead_patch = patch
 
 
 def release(linears: list[CutLinear]) -> None:
@@ -161,9 +170,13 @@ def _rebind(linear: nn.Linear, forward: Callable[..., Any]) -> None:
             linear.__dict__[name] = types.MethodType(forward, linear)
 
 
-def cut_layers(model: nn.Module) -> list[CutLinear]:
-    """The patched layers in `model`."""
-    return [module for module in model.modules() if isinstance(module, CutLinear)]
+def cut_layers(model: nn.Module) -> list[Any]:
+    """The patched layers in `model`: `CutLinear`, or heads that took the projection's place."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, CutLinear) or (isinstance(module, Head) and module.xhead_patch is not None)
+    ]
 
 
 def _function(forward: Any) -> Any:

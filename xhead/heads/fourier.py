@@ -45,8 +45,8 @@ class FourierHead(nn.Module):
         device, dtype: of the parameters.
 
     The linear layer runs in the dtype of its input, under autocast in autocast's; everything after it in
-    float32 (float64 for float64), with real numbers only. Rows that are not finite give NaN, in loss and distribution,
-    and so do coefficients that are all zero.
+    float32 (float64 for float64), and with real numbers only but for the penalty's FFT. Rows that are not finite give
+    NaN, in loss and distribution, and so do coefficients that are all zero.
 
     The density is periodic: bins 0 and m - 1 are neighbours. Where that is wrong for the data, leave bins at both ends
     unused.
@@ -99,7 +99,8 @@ class FourierHead(nn.Module):
         """u and v, the real and imaginary parts of a, each (..., N + 1), in float32 or float64."""
         if hidden.ndim < 1 or hidden.shape[-1] != self.in_features:
             raise ValueError(f"hidden must be (..., {self.in_features}), got {tuple(hidden.shape)}")
-        found = self.linear(hidden)
+        weight, bias = self.linear.weight.to(hidden.dtype), self.linear.bias.to(hidden.dtype)
+        found = nn.functional.linear(hidden, weight, bias)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         real, imaginary = found.chunk(2, -1)
         return real, imaginary
