@@ -70,3 +70,10 @@ def read_options(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any
         )
     config = entry.config(**{key: value for key, value in options.items() if key in known})
     return config, {key: value for key, value in options.items() if key in entry.start_options}
+
+
+from xhead.heads import fourier_vocabulary  # noqa: E402, F401  registers itself
+from xhead.heads.fourier import FourierHead  # noqa: E402
+from xhead.heads.fourier_density import FourierDensity  # noqa: E402
+
+__all__ = ["FourierDensity", "FourierHead", "Head", "list_heads", "register_head"]
