@@ -41,6 +41,21 @@ def ldr_kl(logits, labels, temperature, margin):
     return temperature * (exponent.logsumexp(-1) - math.log(logits.shape[-1]))
 
 
+def zloss(logits, labels, a=1.0, b=0.0):
+    z = (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, correction=0, keepdim=True)
+    return F.softplus(a * (b - z)).gather(-1, labels[:, None]).squeeze(-1) / a
+
+
+def log_taylor(logits, labels):
+    numerator = 1 + logits + logits.square() / 2
+    return -(numerator / numerator.sum(-1, keepdim=True)).gather(-1, labels[:, None]).squeeze(-1).log()
+
+
+def log_spherical(logits, labels, eps=1e-2):
+    numerator = logits.square() + eps
+    return -(numerator / numerator.sum(-1, keepdim=True)).gather(-1, labels[:, None]).squeeze(-1).log()
+
+
 def logit_clip(logits, labels, max_norm):
     norm = logits.norm(dim=-1, keepdim=True)
     return cross_entropy(torch.where(norm > max_norm, logits * max_norm / norm, logits), labels)
@@ -99,6 +114,12 @@ DEFINITIONS = [
     ("logit_clip", {"max_norm": 40.0}, lambda o, y: logit_clip(o, y, 40.0)),
     ("ldr_kl", {}, lambda o, y: ldr_kl(o, y, 1.0, 0.0)),
     ("ldr_kl", {"temperature": 0.4, "margin": 1.5}, lambda o, y: ldr_kl(o, y, 0.4, 1.5)),
+    ("zloss", {}, zloss),
+    ("zloss", {"a": 0.1, "b": 10.0}, lambda o, y: zloss(o, y, 0.1, 10.0)),
+    ("log_taylor", {}, log_taylor),
+    ("log_spherical", {}, log_spherical),
+    ("log_spherical", {"eps": 0.5}, lambda o, y: log_spherical(o, y, 0.5)),
+    ("mse", {}, lambda o, y: (o - one_hot(o, y)).square().sum(-1)),
     ("stablemax", {}, stablemax),
     ("sigmoid", {}, lambda o, y: F.binary_cross_entropy_with_logits(o, one_hot(o, y), reduction="none").sum(-1)),
     ("asymmetric", {}, asymmetric),
