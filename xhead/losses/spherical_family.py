@@ -5,9 +5,9 @@ With scores `o` (V,), `mean = 1/V sum_k o_k` and `variance = 1/V sum_k (o_k - me
 
     dl/do_k = 2 alpha (o_k - mean) + (dl/dmean)/V + gamma_k [k a target]        alpha = (dl/dvariance)/V
 
-which needs no pass over the classes. In the sums `q = sum_k o_k^2` and `s = sum_k o_k`, which the papers use, `dl/dq = alpha`
-and `dl/ds = beta = (dl/dmean)/V - 2 alpha mean`. The moments come first here because `q/V - (s/V)^2` loses its digits in
-float32 where the scores share a large mean.
+which needs no pass over the classes. In the sums that the papers use, `q = sum_k o_k^2` and `s = sum_k o_k`, these are
+`dl/dq = alpha` and `dl/ds = beta = (dl/dmean)/V - 2 alpha mean`. The moments come first here because `q/V - (s/V)^2`
+loses its digits in float32 where the scores share a large mean.
 
 A row has K targets, each with a value y (default 1); a target of value 0 is none. All but the squared error are sums of
 the losses of single targets, weighted by their values.
