@@ -23,9 +23,9 @@ def accumulate(head: nn.Module | Tensor) -> Iterator[None]:
         optimizer.step()
 
     For losses of `mean`, `variance` and `target` alone (the spherical ones), whose weight gradient is the sum of
-    `(W - mean row) R + 1 r' + the targets' rows` over the batches, with R a D x D matrix: inside the block only R, r and
-    the targets' rows are made, and `V D^2` is left for its end. `weight.grad` is whole after the block, equal to that
-    of plain accumulation up to rounding, and not before; all other gradients, those of other losses and of a tied
+    `(W - mean row) R + 1 r' + the targets' rows` over the batches, with R a D x D matrix: inside the block only R, r
+    and the targets' rows are made, and `V D^2` is left for its end. `weight.grad` is whole after the block, equal to
+    that of plain accumulation up to rounding, and not before; all other gradients, those of other losses and of a tied
     embedding among them, go their usual way at once. The weight may not change inside. A block that raises leaves out
     what was collected. It takes a float32 buffer of the weight's shape, which becomes the gradient.
 

@@ -20,7 +20,8 @@ def names() -> list[str]:
 def select(name: str, problem: Problem) -> str:
     """The engine that serves the problem: the one named, or for `"auto"` the first that is eligible.
 
-    `"auto"` passes over the closed forms where tiles take fewer multiplications, unless the weight's gradient is put off.
+    `"auto"` passes over the closed forms where tiles take fewer multiplications, unless the weight's gradient is put
+    off.
 
     Raises ValueError for an unknown name, and for an engine that says it cannot serve this problem.
     """

@@ -1,7 +1,7 @@
 """The weight's gradient of the closed forms, once for many calls.
 
-Each call's part is `(W~ - mbar) R + 1 r' + rows`: a matrix, a vector, and the rows of the classes that were gathered. All three
-add up over calls with one weight, so that the product, which is the V D^2 of a backward, is left for the end.
+Each call's part is `(W~ - mbar) R + 1 r' + rows`: a matrix, a vector, and the rows of the classes that were gathered.
+All three add up over calls with one weight, so that the product, the V D^2 of a backward, is left for the end.
 """
 
 from __future__ import annotations

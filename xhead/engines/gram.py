@@ -6,9 +6,9 @@ With rows extended by the bias, `w~_k = [w_k, bias_k]` and `h~_i = [h_i, 1]`, th
     mean_i     = scale * h~_i . wbar,                 wbar = sum_k c_k w~_k / sum_k c_k
     variance_i = scale^2 / V * h~_i' G h~_i,          G = sum_k (w~_k - mbar)(w~_k - mbar)',  mbar = 1/V sum_k w~_k
 
-`target` and `subset_lse` gather the rows of weight that they name. The cost is V D^2 + N D^2 in place of N V D; G is centred
-before it is squared, because `E[o^2] - E[o]^2` cancels in float32 where the rows of weight share a large mean. G is kept
-while the weight stays as it is, and the weight's gradient can be put off until many calls have been made: `deferral`.
+`target` and `subset_lse` gather the rows of weight that they name. The cost is V D^2 + N D^2 in place of N V D; G is
+centred before it is squared, because `E[o^2] - E[o]^2` cancels in float32 where the rows of weight share a large mean.
+G is kept while the weight stays as it is, and `deferral` can put off the weight's gradient until many calls were made.
 """
 
 from collections.abc import Callable

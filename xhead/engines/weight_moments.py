@@ -1,10 +1,10 @@
 """Moments of the weight's rows; the centred Gram matrix is kept while the weight stays as it is.
 
-`G = sum_k (w~_k - mbar)(w~_k - mbar)'` costs V D^2, and evaluation and gradient accumulation ask for it again and again.
-Nothing says reliably that a weight has changed: `.data`, fused optimisers and sharding write past the version counter, and
-addresses are used again. So what is kept is found by the weight's contents: the mean row and a projection
-`sum_k r_k w~_k` on fixed numbers r that sum to zero, which one read of the weight gives (V D). A change that leaves both
-as they were to the last bit, one made to that end apart, is at the level of rounding in G too.
+`G = sum_k (w~_k - mbar)(w~_k - mbar)'` costs V D^2, and evaluation and gradient accumulation ask for it repeatedly.
+Nothing says reliably that a weight has changed: `.data`, fused optimisers and sharding write past the version counter,
+and addresses are used again. So what is kept is found by the weight's contents: the mean row and a projection
+`sum_k r_k w~_k` on fixed numbers r that sum to zero, which one read of the weight gives (V D). A change that leaves
+both as they were to the last bit, one made to that end apart, is at the level of rounding in G too.
 """
 
 from collections.abc import Iterator

@@ -104,7 +104,7 @@ def _binary_rows(
 def target_logits(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each label once: its row, its place among the row's labels, and its logit, (E,) each.
 
-    logits: LazyLogits (n, V); labels: (n, K) with -1 for none, or sparse CSR (n, V). Raises RuntimeError for another shape.
+    logits: LazyLogits (n, V); labels: (n, K) with -1 for none, or sparse CSR (n, V). Raises RuntimeError for others.
     """
     _check_labels(labels, logits.shape)
     offsets, column = compressed_columns(labels.to(logits.device), logits.shape[:-1], logits.shape[-1])

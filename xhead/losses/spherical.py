@@ -1,7 +1,7 @@
 """Spherical losses of a plain weight matrix: the Z-loss, log-Taylor and log-spherical softmax, squared error.
 
-They see the V logits of a row only through mean, variance and the targets' logits, so neither direction passes over N x V
-numbers: mean and variance of all rows come from the weight's centred Gram matrix, see docs/spherical.md.
+They see the V logits of a row only through mean, variance and the targets' logits, so neither direction passes over
+N x V numbers: mean and variance of all rows come from the weight's centred Gram matrix, see docs/spherical.md.
 
 The Z-loss here is a loss on standardised logits. What PaLM calls z-loss, a penalty on lse^2, is `lse_penalty`.
 """
@@ -102,7 +102,8 @@ class LogSphericalConfig(ExactConfig):
 def log_spherical_rows(logits: Any, labels: Tensor, config: LogSphericalConfig) -> Tensor:
     """`-log p_y` of the spherical softmax `p_k = (o_k^2 + eps) / sum_j (o_j^2 + eps)`, summed over the row's labels.
 
-    Blind to the sign of a logit: the most likely class has the largest `|o_k|`. Arguments, shapes and errors as `mse_rows`.
+    Blind to the sign of a logit: the most likely class has the largest `|o_k|`.
+    Arguments, shapes and errors as `mse_rows`.
     """
     return _rows(logits, labels, config.member(), config)
 
@@ -140,8 +141,8 @@ def log_probability(
 ) -> Tensor:
     """`log p_k` of the classes named, under the softmax of `"log_taylor"` or `"log_spherical"`: shaped as `classes`.
 
-    The normaliser comes from mean and variance, so a row costs D^2 and D a class, whatever V is. options: as the loss's,
-    `eps` and `engine`.
+    The normaliser comes from mean and variance, so a row costs D^2 and D a class, whatever V is. options: as the
+    loss's, `eps` and `engine`.
 
     Raises ValueError for another loss, which defines no probability, IndexError for a class outside `[0, V)`.
     """
