@@ -2,41 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.dense import relative_error
+from tests.spherical_definitions import MEMBERS
 from xhead.losses.spherical_family import FAMILY, spherical_loss
 
 ROWS, CLASSES, TARGETS = 7, 53, 3
 
 
-def z_loss(scores, y, sharpness=1.0, margin=0.0, eps=1e-12):
-    z = (scores - scores.mean(-1, keepdim=True)) / (scores.var(-1, correction=0, keepdim=True) + eps).sqrt()
-    return (y * F.softplus(sharpness * (margin - z)) / sharpness).sum(-1)
-
-
-def log_taylor(scores, y):
-    numerator = 1 + scores + scores.square() / 2
-    return -(y * (numerator / numerator.sum(-1, keepdim=True)).log()).sum(-1)
-
-
-def log_spherical(scores, y, eps=1e-2):
-    numerator = scores.square() + eps
-    return -(y * (numerator / numerator.sum(-1, keepdim=True)).log()).sum(-1)
-
-
-def squared_error(scores, y):
-    return (scores - y).square().sum(-1)
-
-
-MEMBERS = [
-    ("mse", {}, squared_error),
-    ("zloss", {}, z_loss),
-    ("zloss", {"sharpness": 0.1, "margin": 10.0, "eps": 1e-3}, z_loss),
-    ("log_taylor", {}, log_taylor),
-    ("log_spherical", {}, log_spherical),
-    ("log_spherical", {"eps": 0.5}, log_spherical),
-]
 members = pytest.mark.parametrize(("name", "options", "definition"), MEMBERS)
 
 

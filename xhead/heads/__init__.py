@@ -1,7 +1,11 @@
 """Heads: what stands between the hidden states and the classes.
 
-`"linear"` is the projection that a model comes with.
+`"linear"` is the projection that a model comes with. `SphericalHead` is a module of its own, with its own update.
 """
+
+from xhead.heads.spherical.head import SphericalHead
+
+__all__ = ["SphericalHead", "list_heads"]
 
 _HEADS = ("linear",)
 

@@ -18,7 +18,7 @@ Source: Vincent, de Brebisson and Bouthillier, arXiv 1412.7091; de Brebisson and
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,12 @@ class SumDerivatives(NamedTuple):
 
 @dataclass(frozen=True)
 class SphericalLoss(ABC):
-    """A member of the family. `rows` is differentiable; `slopes` are its first derivatives in closed form."""
+    """A member of the family. `rows` is differentiable; `slopes` are its first derivatives in closed form.
+
+    is_likelihood: the loss of a single target is -log p of it.
+    """
+
+    is_likelihood: ClassVar[bool] = False
 
     @abstractmethod
     def rows(
@@ -69,6 +74,14 @@ class SphericalLoss(ABC):
         values: Tensor | None = None,  # (n, K)
     ) -> Slopes:
         """The derivatives of `rows` by the mean, the variance and the targets' scores."""
+
+    def order(self, scores: Tensor) -> Tensor:
+        """What classes are ranked by: elementwise, increasing with the probability where there is one."""
+        return scores
+
+    def score_scale(self, variance: Tensor) -> Tensor:
+        """The factor that brings a row's scores to the scale that the loss sees, (n,)."""
+        return torch.ones_like(variance)
 
     def loss_and_derivatives(
         self,
@@ -121,9 +134,12 @@ class ZLoss(SphericalLoss):
         check_number("margin", self.margin)
         check_number("eps", self.eps, 0.0)
 
-    def _standardised(self, mean: Tensor, variance: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def score_scale(self, variance: Tensor) -> Tensor:
         # Rounding can leave the variance of nearly equal scores below 0.
-        inverse = (variance.clamp(min=0) + self.eps).rsqrt()[:, None]
+        return (variance.clamp(min=0) + self.eps).rsqrt()
+
+    def _standardised(self, mean: Tensor, variance: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = self.score_scale(variance)[:, None]
         return (target - mean[:, None]) * inverse, inverse
 
     def rows(self, mean, variance, target, classes, values=None) -> Tensor:
@@ -144,6 +160,11 @@ class LogTaylor(SphericalLoss):
 
     The numerator is least at o_k = -1: a target below that is pushed down further, so scores should start near 0.
     """
+
+    is_likelihood = True
+
+    def order(self, scores: Tensor) -> Tensor:
+        return (1 + scores).abs()
 
     def rows(self, mean, variance, target, classes, values=None) -> Tensor:
         # Twice each numerator is 1 + (1 + o)^2: a sum of squares, which does not cancel.
@@ -170,9 +191,13 @@ class LogSpherical(SphericalLoss):
     """
 
     eps: float = 1e-2
+    is_likelihood = True
 
     def __post_init__(self) -> None:
         check_number("eps", self.eps, 0.0, above_least=True)
+
+    def order(self, scores: Tensor) -> Tensor:
+        return scores.abs()
 
     def rows(self, mean, variance, target, classes, values=None) -> Tensor:
         total = (variance + mean.square() + self.eps).log() + math.log(classes)
