@@ -15,14 +15,11 @@ from transformers import PreTrainedModel
 from recipes.one_billion_word.options import ADAPTIVE, ModelOptions
 from xhead import LazyLogits
 from xhead.losses.spherical import log_probability
+from xhead.losses.spherical_family import FAMILY
 from xhead.retrieval import ranks
 
 TOP = (1, 5, 10, 20, 50, 100)
 MAX_LOGITS = 1 << 25  # 128 MiB of float32 at a time: 42 rows of the benchmark's vocabulary, 2,500 of the embedded one
-
-NO_PROBABILITY = ("zloss", "mse")
-ORDERS = {"log_taylor": lambda score: (1 + score).abs(), "log_spherical": torch.abs}
-"""What is largest for the most likely word, where that is not the score itself."""
 
 
 class Scorer(Protocol):
@@ -58,12 +55,13 @@ class LinearScorer:
     ) -> None:
         self.head, self.loss, self.max_logits = head, loss, max_logits
         self.options = {name: value for name, value in (loss_options or {}).items() if name == "eps"}
-        self.defines_probability = loss not in NO_PROBABILITY
+        self.member = FAMILY[loss]() if loss in FAMILY else None
+        self.defines_probability = self.member is None or self.member.is_likelihood
 
     def nll(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if not self.defines_probability:
             raise ValueError(f"the loss {self.loss!r} defines no probability, so there is no likelihood of it")
-        if self.loss in ORDERS:
+        if self.member is not None:
             lazy = LazyLogits(hidden, self.head.weight, self.head.bias)
             return -log_probability(lazy, target, self.loss, **self.options)
         rows = max(1, self.max_logits // self.head.out_features)
@@ -71,7 +69,7 @@ class LinearScorer:
         return torch.cat([F.cross_entropy(self.head(some).float(), ids, reduction="none") for some, ids in parts])
 
     def ranks(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        order = ORDERS.get(self.loss)
+        order = None if self.member is None else self.member.order
         return ranks(hidden, self.head.weight, target, bias=self.head.bias, order=order)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xhead.losses import register
-from xhead.losses.config import ExactConfig
+from xhead.losses.config import ExactConfig, check_number
 from xhead.losses.multilabel import target_logits
 from xhead.losses.spherical_family import (
     LogSpherical,
@@ -37,10 +37,9 @@ class ZLossConfig(ExactConfig):
     eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        self.member()
-
-    def member(self) -> ZLoss:
-        return spherical_loss("zloss", sharpness=self.a, margin=self.b, eps=self.eps)  # type: ignore[return-value]
+        check_number("a", self.a, 0.0, above_least=True)
+        check_number("b", self.b)
+        check_number("eps", self.eps, 0.0)
 
 
 @register(
@@ -56,7 +55,7 @@ def zloss_rows(logits: Any, labels: Tensor, config: ZLossConfig) -> Tensor:
     Not a likelihood. Invariant to a positive scale and a shift of the logits; z is at most `sqrt(V - 1)`.
     Arguments, shapes and errors as `mse_rows`.
     """
-    return _rows(logits, labels, config.member(), config)
+    return _rows(logits, labels, ZLoss(sharpness=config.a, margin=config.b, eps=config.eps), config)
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,7 @@ class LogSphericalConfig(ExactConfig):
     eps: float = 1e-2
 
     def __post_init__(self) -> None:
-        self.member()
-
-    def member(self) -> LogSpherical:
-        return spherical_loss("log_spherical", eps=self.eps)  # type: ignore[return-value]
+        check_number("eps", self.eps, 0.0, above_least=True)
 
 
 @register(
@@ -105,7 +101,7 @@ def log_spherical_rows(logits: Any, labels: Tensor, config: LogSphericalConfig) 
     Blind to the sign of a logit: the most likely class has the largest `|o_k|`.
     Arguments, shapes and errors as `mse_rows`.
     """
-    return _rows(logits, labels, config.member(), config)
+    return _rows(logits, labels, LogSpherical(eps=config.eps), config)
 
 
 @dataclass(frozen=True)
@@ -146,10 +142,10 @@ def log_probability(
 
     Raises ValueError for another loss, which defines no probability, IndexError for a class outside `[0, V)`.
     """
-    if loss not in ("log_taylor", "log_spherical"):
-        raise ValueError(f'loss must be "log_taylor" or "log_spherical", which define probabilities; got {loss!r}')
     engine = options.pop("engine", "auto")
     member = spherical_loss(loss, **options)
+    if not member.is_likelihood:
+        raise ValueError(f'loss must be "log_taylor" or "log_spherical", which define probabilities; got {loss!r}')
     s = logits.statistics("mean", "variance", engine=engine)
     wide = classes if classes.ndim == 2 else classes[:, None]
     row = torch.arange(wide.shape[0], device=wide.device).repeat_interleave(wide.shape[1])
