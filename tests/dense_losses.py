@@ -54,6 +54,21 @@ def aldr_kl(logits, labels, temperature=1.0, margin=0.0, alpha=2.0):
     return ldr_kl(logits, labels, t, margin) - penalty
 
 
+def zloss(logits, labels, a=1.0, b=0.0):
+    z = (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, correction=0, keepdim=True)
+    return F.softplus(a * (b - z)).gather(-1, labels[:, None]).squeeze(-1) / a
+
+
+def log_taylor(logits, labels):
+    numerator = 1 + logits + logits.square() / 2
+    return -(numerator / numerator.sum(-1, keepdim=True)).gather(-1, labels[:, None]).squeeze(-1).log()
+
+
+def log_spherical(logits, labels, eps=1e-2):
+    numerator = logits.square() + eps
+    return -(numerator / numerator.sum(-1, keepdim=True)).gather(-1, labels[:, None]).squeeze(-1).log()
+
+
 def logit_clip(logits, labels, max_norm):
     norm = logits.norm(dim=-1, keepdim=True)
     return cross_entropy(torch.where(norm > max_norm, logits * max_norm / norm, logits), labels)
@@ -142,6 +157,12 @@ DEFINITIONS = [
         SETTLED | {"temperature": 0.7, "margin": 0.8, "alpha": 1.3},
         lambda o, y: aldr_kl(o, y, 0.7, 0.8, 1.3),
     ),
+    ("zloss", {}, zloss),
+    ("zloss", {"a": 0.1, "b": 10.0}, lambda o, y: zloss(o, y, 0.1, 10.0)),
+    ("log_taylor", {}, log_taylor),
+    ("log_spherical", {}, log_spherical),
+    ("log_spherical", {"eps": 0.5}, lambda o, y: log_spherical(o, y, 0.5)),
+    ("mse", {}, lambda o, y: (o - one_hot(o, y)).square().sum(-1)),
     ("stablemax", {}, stablemax),
     ("sigmoid", {}, lambda o, y: F.binary_cross_entropy_with_logits(o, one_hot(o, y), reduction="none").sum(-1)),
     ("asymmetric", {}, asymmetric),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xhead import engines
-from xhead.engines import reference
+from xhead.engines import deferral, gram, reference
 from xhead.engines.problem import FilterOptions, Problem, Results
 
 _NOT_DIFFERENTIABLE = ("max", "argmax")
@@ -150,10 +150,15 @@ def _backward(ctx, output_grads):
     tensors, outputs = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
     needs = ctx.needs_input_grad[:3]
     grads = {name: grad for name, grad in zip(ctx.names, output_grads, strict=False) if grad is not None}
+    problem = _unpack(*tensors, *ctx.options)
     if not grads or not any(needs):
         gradients = [None, None, None]
     elif torch.is_grad_enabled():
-        gradients = _differentiable_backward(_unpack(*tensors, *ctx.options), grads, needs)
+        gradients = _differentiable_backward(problem, grads, needs)
+    elif ctx.engine == "gram" and (pending := deferral.find(problem)) is not None:
+        state = list(outputs[len(ctx.names) :])
+        with torch.autocast(problem.hidden.device.type, enabled=False):
+            gradients = gram.backward(problem, {}, state, grads, needs, take_weight=pending.add)
     else:
         gradients = _backward_op(
             *tensors, *ctx.options, ctx.engine, list(outputs), ",".join(grads), list(grads.values()), *needs

@@ -19,9 +19,17 @@ def eligible(problem: Problem) -> bool:
     return True
 
 
+def _split(problem: Problem) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that tiles give, and those left to the closed forms: none where tiles alone cost less."""
+    if gram.eligible(problem) and not gram.cheaper(problem):
+        closed = tuple(name for name in problem.names if name == "subset_lse")
+        return tuple(name for name in problem.names if name not in closed), closed
+    return problem.streamed_names, problem.other_names
+
+
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
     """Two per-row statistics that the gradient needs, the moments of the closed forms, and what the filter left out."""
-    streamed, closed = problem.streamed_names, problem.other_names
+    streamed, closed = _split(problem)
     found = [torch.empty(problem.rows, dtype=problem.accumulate_dtype, device=problem.hidden.device) for _ in _STATE]
     return [
         *found,
@@ -34,7 +42,7 @@ _STATE = ("lse", "uniform_mean")
 
 
 def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
-    streamed, closed = problem.streamed_names, problem.other_names
+    streamed, closed = _split(problem)
     results, moments = gram.forward(problem.having(closed), save)
     streaming = problem.having(streamed)
     rows = Rows(streaming)
@@ -87,7 +95,7 @@ def _nothing(problem: Problem) -> Results:
 def backward(
     problem: Problem, results: Results, state: list[Tensor], grads: Results, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    streamed, closed = problem.streamed_names, problem.other_names
+    streamed, closed = _split(problem)
     known = dict(zip(_STATE, state[:2], strict=True)) | results
     moments, skipped = state[2:5], skipping.restore(state[5:])
     streaming = problem.having(streamed)

@@ -1,6 +1,7 @@
 """Heads: what stands between the hidden states and the classes.
 
-`"linear"` is the projection that a model comes with; every other head takes its place.
+`"linear"` is the projection that a model comes with; every other head takes its place. `SphericalHead` is a module of
+its own, with its own update.
 """
 
 import inspect
@@ -75,5 +76,6 @@ def read_options(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any
 from xhead.heads import fourier_vocabulary  # noqa: E402, F401  registers itself
 from xhead.heads.fourier import FourierHead  # noqa: E402
 from xhead.heads.fourier_density import FourierDensity  # noqa: E402
+from xhead.heads.spherical.head import SphericalHead  # noqa: E402
 
-__all__ = ["FourierDensity", "FourierHead", "Head", "list_heads", "register_head"]
+__all__ = ["FourierDensity", "FourierHead", "Head", "SphericalHead", "list_heads", "register_head"]

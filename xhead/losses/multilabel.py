@@ -96,11 +96,21 @@ def _binary_rows(
     if labels.layout == torch.strided and labels.ndim == 1:
         s = logits.statistics("pointwise_sum", "target", target=labels, **options)
         return s.pointwise_sum + correction(s.target)
+    row, _, positive = target_logits(logits, labels)
+    total = logits.statistics("pointwise_sum", **options).pointwise_sum
+    return total.index_add(0, row, correction(positive))
+
+
+def target_logits(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each label once: its row, its place among the row's labels, and its logit, (E,) each.
+
+    logits: LazyLogits (n, V); labels: (n, K) with -1 for none, or sparse CSR (n, V). Raises RuntimeError for others.
+    """
     _check_labels(labels, logits.shape)
     offsets, column = compressed_columns(labels.to(logits.device), logits.shape[:-1], logits.shape[-1])
-    total = logits.statistics("pointwise_sum", **options).pointwise_sum
     row = column_rows(offsets)
-    return total.index_add(0, row, correction(logits[row].statistics("target", target=column).target))
+    position = torch.arange(row.shape[0], device=row.device) - offsets[row]
+    return row, position, logits[row].statistics("target", target=column).target
 
 
 def _check_labels(labels: Tensor, shape: torch.Size) -> None:
