@@ -2,8 +2,8 @@
 
     C = (ln N - 1) (B + 1)^A        1/p_l = 1 + C (n_l + B)^-A
 
-N documents are in training, n_l of them have label l. A and B belong to a data set; a propensity-scored number says little
-without its A, B and N.
+N documents are in training, n_l of them have label l. A and B belong to a data set; a propensity-scored number says
+little without its A, B and N.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 DEFAULT = (0.55, 1.5)
-# The first pattern found in a data set's name, in lower case, decides. Others, WikiSeeAlso and EURLex too, take the default.
+# The first pattern found in a data set's name, in lower case, decides. Others take the default, WikiSeeAlso too.
 CONSTANTS = (
     ("amazon", (0.6, 2.6)),
     (r"wikipedia|wikilshtc|wikititles|wiki-?500k", (0.5, 0.4)),

@@ -88,9 +88,7 @@ def _targets(path: Path, number: int, record: dict[str, Any], labels: int | None
     if len(relevances) != len(indices):
         raise malformed(path, number, f"{len(indices)} labels in `target_ind`, {len(relevances)} in `target_rel`")
     if not all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in relevances):
-        raise malformed(
-            path, number, f"`target_rel` is {relevances}; it must hold finite numbers that are not negative"
-        )
+        raise malformed(path, number, f"`target_rel` is {relevances}; it must hold finite numbers, none below 0")
     if len(set(indices)) != len(indices):
         raise malformed(path, number, f"a label is named twice in `target_ind`: {indices}")
     wrong = [index for index in indices if index < 0 or (labels is not None and index >= labels)]

@@ -1,8 +1,8 @@
 """Sparse text files of the Extreme Classification Repository, and scipy's .npz.
 
 Two text forms: `trn_X_Y.txt` and alike, `rows columns` and then `column:value column:value` a row; and the older
-`train.txt`, `rows features labels` and then `label,label feature:value feature:value` a row. Indices count from 0. A row
-may be empty.
+`train.txt`, `rows features labels` and then `label,label feature:value feature:value` a row. Indices count from 0. A
+row may be empty.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def read_pairs(path: Path) -> csr_matrix:
     """Read `trn_X_Y.txt`, `trn_X_Xf.txt` or any file of that form: float32 (rows, columns).
 
     Raises:
-        RecipeError: a line is not of the form, an index is out of range, or the rows are not as many as the header says.
+        RecipeError: a line is not of the form, an index is out of range, or there are more or fewer rows than the
+            header says.
     """
     lines = numbered_lines(path)
     rows, columns = _read_header(path, next(lines, (1, "")), "rows columns")
