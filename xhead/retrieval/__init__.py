@@ -1,4 +1,6 @@
-"""Extreme classification: how good a ranking of very many labels is, and exact search for the best ones.
+"""Prediction over all classes without N x V numbers: the best classes, ranks, and a temperature for scores."""
 
-The metrics need scipy, which the extra `retrieval` brings.
-"""
+from xhead.retrieval.temperature import fit_inverse_temperature
+from xhead.retrieval.topk import TopK, ranks, topk
+
+__all__ = ["TopK", "fit_inverse_temperature", "ranks", "topk"]

@@ -1,7 +1,7 @@
 """Metrics of rankings over very many labels, plain and propensity-scored.
 
-With y_i the labels of document i, y_ir = 1 where the label predicted at rank r = 1, 2, ... is among them, and w_l = 1/p_l
-(`xhead.retrieval.propensity`):
+With y_i the labels of document i, y_ir = 1 where the label predicted at rank r = 1, 2, ... is among them, and
+w_l = 1/p_l (`xhead.retrieval.propensity`):
 
     P@k       mean_i 1/k sum_{r<=k} y_ir
     recall@k  mean_i 1/|y_i| sum_{r<=k} y_ir
@@ -9,8 +9,8 @@ With y_i the labels of document i, y_ir = 1 where the label predicted at rank r 
     PSP@k     sum_i sum_{r<=k} w y_ir  /  sum_i sum_{r<=k} w*_ir
     PSnDCG@k  sum_i (sum_{r<=k} w y_ir / log2(r+1)) / D_i  /  sum_i (sum_{r<=k} w*_ir / log2(r+1)) / D_i
 
-where w*_ir is the r-th largest w_l of document i's labels, 0 beyond them: propensity-scored metrics are ratios of means, as
-they are published, not means of ratios. A document without labels counts in every mean, with 0.
+where w*_ir is the r-th largest w_l of the labels of i, 0 beyond them: propensity-scored metrics are ratios of means,
+as they are published, not means of ratios. A document without labels counts in every mean, with 0.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Ranking:
         return (right[place] == asked) & (self.predicted != NONE)
 
     def best(self, weights: np.ndarray, k: int) -> np.ndarray:
-        """w*_ir, the k largest weights of each document's labels in descending order, then 0: float64 (documents, k)."""
+        """w*_ir: the k largest weights of a document's labels in descending order, then 0: float64 (documents, k)."""
         rows = np.repeat(np.arange(len(self.predicted)), self.label_counts)
         values = weights[self.truth.indices]
         order = np.lexsort((-values, rows))
@@ -98,12 +98,12 @@ def rank(
     """Bring predictions into one form, without the pairs that a data set filters.
 
     Args:
-        predictions: labels in the order of their ranks, -1 for none; or scores, of which the stored ones are predictions,
-            the largest first and equal ones by their label.
+        predictions: labels in the order of their ranks, -1 for none; or scores, of which the stored ones are
+            predictions, the largest first and equal ones by their label.
         truth: the labels of the documents. Filtering does not change them.
         filter_pairs: document and label, taken out of the predictions; what stood behind moves up. To have k
             left, predict k and the most pairs that one document has.
-        k: cut to so many ranks.
+        k: cut, or fill up with -1, to so many ranks.
 
     Raises:
         ValueError: predictions do not fit the truth.
@@ -116,7 +116,10 @@ def rank(
         removed = np.isin(asked, filter_pairs[:, 0] * labels + filter_pairs[:, 1]) | (predicted == NONE)
         moved = np.argsort(removed, axis=1, kind="stable")
         ranking = Ranking(np.take_along_axis(np.where(removed, NONE, predicted), moved, axis=1), truth)
-    return ranking if k is None else Ranking(ranking.predicted[:, :k], truth)
+    if k is None:
+        return ranking
+    missing = max(k - ranking.predicted.shape[1], 0)
+    return Ranking(np.pad(ranking.predicted[:, :k], ((0, 0), (0, missing)), constant_values=NONE), truth)
 
 
 def evaluate(
@@ -207,7 +210,7 @@ def _ranked(scores: csr_matrix) -> np.ndarray:
     scores.sort_indices()
     counts = np.diff(scores.indptr)
     rows = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((-scores.data, rows))
+    order = np.lexsort((np.negative(scores.data), rows))
     predicted = np.full((len(counts), max(counts.max(initial=0), 1)), NONE, np.int64)
     predicted[rows, np.arange(len(rows)) - scores.indptr[rows]] = scores.indices[order]
     return predicted
