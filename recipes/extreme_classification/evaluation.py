@@ -78,8 +78,8 @@ def table(evaluation: Evaluation) -> str:
     """Percentages: the metrics, then the groups of labels."""
     about = evaluation.about
     lines = [
-        f"{about['data']}: {about['train_documents']:,} + {about['test_documents']:,} documents, {about['labels']:,} labels,"
-        f" {about['labels_per_train_document']:.2f} a document; propensities A = {about['propensity']['A']}, "
+        f"{about['data']}: {about['train_documents']:,} + {about['test_documents']:,} documents, "
+        f"{about['labels']:,} labels, {about['labels_per_train_document']:.2f} a document; propensities A = {about['propensity']['A']}, "
         f"B = {about['propensity']['B']}",
         "",
     ]

@@ -1,7 +1,7 @@
 """Where a ranking is right: metrics by how often labels occur in training.
 
-Labels that occur in training are sorted by frequency and cut into groups of equal size; those that never occur are a group
-of their own, which comes first.
+Labels that occur in training are sorted by frequency and cut into groups of equal size; those that never occur are a
+group of their own, which comes first.
 """
 
 from __future__ import annotations
