@@ -104,6 +104,8 @@ def _(*arguments):
         shape: tuple[int, ...] = (problem.rows,)
         if name == "expectation" and problem.values is not None:
             shape = (problem.rows, problem.values.shape[1])
+        elif name == "column_logits" and problem.columns is not None:
+            shape = tuple(problem.columns.shape)
         outputs.append(problem.hidden.new_empty(shape, dtype=dtype))
     return outputs + list(engines.get(engine).empty_state(problem, save))
 

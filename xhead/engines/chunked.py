@@ -4,6 +4,8 @@ Forward: each block of rows meets each block of classes once, in a buffer that s
 gradient forms each tile again and multiplies it out; where it is filtered, `skipping` does better on most tiles.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -111,7 +113,7 @@ def backward(
     if skipped is not None and row_grads:
         Replayer(tiles, residual, skipped, gradients).run(closed_form)
     elif row_grads or gradients.weight is not None or gradients.bias is not None:
-        _add_exact(gradients, tiles, residual, closed_form, streaming=bool(row_grads))
+        add_exact(gradients, tiles, residual, closed_form, streaming=bool(row_grads))
     hidden_grad, weight_grad, bias_grad = gradients
     if hidden_grad is not None:
         hidden_grad = rows.spread(hidden_grad)
@@ -122,10 +124,18 @@ def backward(
     return hidden_grad, weight_grad, bias_grad
 
 
-def _add_exact(
+class Residuals(Protocol):
+    """Where `d loss / d logits` of a tile comes from."""
+
+    def tile(self, logits: Tensor, first: int, last: int, start: int) -> Tensor:
+        """(n, c), `scale` apart. logits: (n, c), rows first to last, classes from `start` on."""
+        ...
+
+
+def add_exact(
     gradients: Gradients,
     tiles: Tiles,
-    residual: Residual,
+    residual: Residuals,
     closed_form: gram.ClosedFormGradient,
     *,
     streaming: bool,

@@ -61,9 +61,22 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
         results["target"] = gathered_logits(problem, rows, problem.target)
     if "subset_lse" in problem.names:
         results["subset_lse"] = _subset_lse(problem)[2]
-    if problem.row_mask is not None:
-        results = {name: value.masked_fill(~problem.row_mask, 0.0) for name, value in results.items()}
-    return results, [mean, centre, gram]
+    if "column_logits" in problem.names:
+        results["column_logits"] = gathered_logits(problem, *_entries_of_sets(problem))
+    return _of_counted_rows(problem, results), [mean, centre, gram]
+
+
+def _of_counted_rows(problem: Problem, values: Results) -> Results:
+    """The same, 0 for the rows that do not count."""
+    if problem.row_mask is None:
+        return values
+    masked = {}
+    for name, value in values.items():
+        ignored = ~problem.row_mask
+        masked[name] = value.masked_fill(
+            ignored[_entries_of_sets(problem)[0]] if name == "column_logits" else ignored, 0.0
+        )
+    return masked
 
 
 def backward(
@@ -110,8 +123,7 @@ class ClosedFormGradient:
         """order: (V,) the class at each position that `add_weight_grad` and `add_bias_grad` speak of."""
         self.problem, self.order = problem, order
         self.mean, self.centre, self.gram = state
-        if problem.row_mask is not None:
-            grads = {name: grad.masked_fill(~problem.row_mask, 0.0) for name, grad in grads.items()}
+        grads = _of_counted_rows(problem, {name: grad for name, grad in grads.items() if name in problem.names})
         self.mean_grad, self.variance_grad = grads.get("mean"), grads.get("variance")
         if self.mean_grad is not None:
             self.mean_moment = extended_sum(problem, self.mean_grad)
@@ -241,12 +253,17 @@ def _rowwise(hidden: Tensor, function) -> Tensor:
 
 def _subset_lse(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Row index and logit of each entry of the sets, and the log-sum-exp a row."""
-    assert problem.row_offsets is not None and problem.columns is not None
-    row = column_rows(problem.row_offsets)
-    logits = gathered_logits(problem, row, problem.columns)
+    row, column = _entries_of_sets(problem)
+    logits = gathered_logits(problem, row, column)
     largest = logits.new_full((problem.rows,), float("-inf")).scatter_reduce_(0, row, logits, "amax")
     total = torch.zeros_like(largest).index_add_(0, row, (logits - largest[row]).exp_())
     return row, logits, total.log_() + largest
+
+
+def _entries_of_sets(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(row, class) of each entry of the rows' column sets."""
+    assert problem.row_offsets is not None and problem.columns is not None
+    return column_rows(problem.row_offsets), problem.columns
 
 
 def _gathered_entries(problem: Problem, grads: Results, order: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -261,6 +278,10 @@ def _gathered_entries(problem: Problem, grads: Results, order: Tensor | None) ->
         row, logits, lse = _subset_lse(problem)
         slope = (logits - lse[row]).exp_() * _slope(logits, problem)
         pieces.append((row, problem.columns, grads["subset_lse"][row] * slope))
+    if "column_logits" in grads:
+        row, column = _entries_of_sets(problem)
+        logits = gathered_logits(problem, row, column) if problem.softcap is not None else grads["column_logits"]
+        pieces.append((row, column, grads["column_logits"] * _slope(logits, problem)))
     if not pieces:
         return None
     row, column, value = (torch.cat(parts) for parts in zip(*pieces, strict=True))
