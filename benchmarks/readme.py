@@ -14,6 +14,7 @@ from benchmarks.filter_accuracy import accuracy_table
 from benchmarks.filter_training import training_table as filter_training_table
 from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
+from benchmarks.number_tokens import overhead_table
 from benchmarks.report import RESULTS, markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,12 @@ def filter_training() -> str:
     )
 
 
+def number_tokens() -> str:
+    record = load("number_tokens")
+    share = f"{record['number_share']:.0%} of the labels are numbers"
+    return f"{where(record)}. {inputs_line(record)}; {share}.\n\n{overhead_table(record['losses'])}"
+
+
 def coverage() -> str:
     record = load("coverage")
     rows = [[kind, count] for kind, count in record["counts"].items()]
@@ -84,6 +91,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu.random": cpu_random,
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
+    "number_tokens": number_tokens,
     "coverage": coverage,
     "losses": loss_table,
 }

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import cpu, filter_accuracy, filter_training, inputs, measure, report
+from benchmarks import cpu, filter_accuracy, filter_training, inputs, measure, number_tokens, report
 
 MEGABYTE = 2**20
 
@@ -190,6 +190,18 @@ def test_filter_accuracy_command(tmp_path):
     for eps in (2.0**-6, 2.0**-10):
         assert errors["compensated", eps] < errors["dropped", eps]
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_number_tokens_command(tmp_path, capsys):
+    record = number_tokens.main([*TINY, "--repeats", "3", "--output", str(tmp_path / "numbers.json")])
+    assert "`cce+0.3*ntl_was`, `reweigh=True`" in capsys.readouterr().out
+    assert [(row["number_tokens"], row["reweigh"]) for row in record["losses"]] == [
+        (0, False), (10, False), (10, True), (1110, False), (1110, True)
+    ]  # fmt: skip
+    assert record["losses"][0]["ratios"] == [1.0] * 3
+    assert json.loads((tmp_path / "numbers.json").read_text())["losses"][1]["ratio"] > 0
+    with pytest.raises(ValueError, match="1110 numbers of up to 3 digits are more than the 99 classes"):
+        number_tokens.number_tokens(3, 99, 0)
 
 
 def test_exact_gradients_are_those_of_autograd():

@@ -8,6 +8,7 @@ from torch import nn
 from tests.pair import CLASSES, ROWS, WIDTH, Pair, loss_of
 from tests.test_lazy import REPLAYED, STEPS
 from xhead.lazy import LazyLogits
+from xhead.losses import get_loss
 from xhead.standin import Record
 
 
@@ -195,3 +196,42 @@ def test_logits_of_some_classes_of_a_sum():
     classes = torch.tensor([9, 0, 3])
     torch.testing.assert_close(lazy.class_logits(classes), dense[..., classes])
     assert one.lazy._record.materialized == 0
+
+
+SAME_ROWS = {
+    "indices": lambda logits: logits[torch.tensor([3, 0, 3])],
+    "mask": lambda logits: logits[torch.tensor([True, False, True, True, False, True])],
+    "slice": lambda logits: logits[1:5],
+    "one": lambda logits: logits[4],
+    "new dimension": lambda logits: logits[:, None, 2:9],
+    "reshape": lambda logits: logits.reshape(2, 3, logits.shape[-1]),
+    "transposed": lambda logits: logits.view(2, 3, -1).transpose(0, 1).flatten(0, 1),
+    "squeezed": lambda logits: logits.unsqueeze(0).squeeze(0).narrow(0, 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", SAME_ROWS)
+def test_the_mask_of_the_rows_goes_with_them(name):
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4)
+    mask = torch.tensor([True, False, True, False, True, True])
+    logits = LazyLogits(hidden, weight)
+    logits._row_mask = mask
+    taken = SAME_ROWS[name](logits)
+    # Each row of a tensor like the logits says whether it counts.
+    expected = SAME_ROWS[name](mask[:, None].expand(6, 11))[..., 0]
+    assert torch.equal(taken.row_mask, expected)
+    dense = SAME_ROWS[name](hidden @ weight.T).logsumexp(-1)
+    torch.testing.assert_close(taken.statistics("lse").lse, torch.where(expected, dense, 0.0))
+
+
+def test_several_labels_a_row_where_some_rows_do_not_count():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(11, 4)
+    labels = torch.tensor([[0, 1], [2, -1], [5, 5]])
+    logits = LazyLogits(hidden, weight)
+    logits._row_mask = torch.tensor([True, False, True])
+    rows = get_loss("sigmoid")(logits, labels)
+    exact = F.binary_cross_entropy_with_logits(
+        hidden @ weight.T, torch.zeros(3, 11).scatter(1, labels.clamp(min=0), 1.0), reduction="none"
+    ).sum(1)
+    torch.testing.assert_close(rows[[0, 2]], exact[[0, 2]])
+    assert not torch.autograd.grad(rows[1], hidden)[0].any()

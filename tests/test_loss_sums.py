@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import xhead
 import xhead.lazy
+from benchmarks.measure import peak_allocated
 from tests.dense import dense_logits, relative_error
 from tests.tiny import assert_same_gradients, tiny, tokens, twins
 from xhead.losses import get_loss
@@ -86,6 +87,35 @@ def test_a_sum_is_the_sum_of_its_terms_in_one_pass(text, engine, monkeypatch):
     sides, upstream = (hidden, weight, bias), torch.randn_like(rows)
     ours, true = (torch.autograd.grad(each, sides, upstream) for each in (rows, expected))
     assert all(relative_error(*pair) < 1e-12 for pair in zip(ours, true, strict=True))
+
+
+@pytest.mark.parametrize("text", ["cce+0.3*ntl_was", "ntl_mse+ntl_was+cce", "0.3*ntl_was"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_terms_share_one_gradient_of_the_weight(text, dtype):
+    """Beside the gradients, nothing of the weight's size is held: not for the rows of the number tokens either."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 96, generator=generator).to(dtype).requires_grad_() for n in (20, 20_011))
+    labels = torch.randint(4, 60, (20,), generator=generator)
+    loss = get_loss(text, filter_eps=None, **NUMBERS)
+
+    def step():
+        loss(xhead.LazyLogits(hidden, weight), labels).sum().backward()
+
+    _, beyond = peak_allocated(step, lambda: (hidden.grad, weight.grad))
+    assert weight.grad.layout == torch.strided and weight.grad.any()
+    assert beyond < weight.nbytes / 3
+
+
+def test_derivatives_of_derivatives():
+    hidden, weight = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 6))
+    numbers = {"token_ids": [1, 4, 5], "values": [3, 0, 7]}
+    loss, labels = get_loss("cce+0.3*ntl_was", **numbers), torch.tensor([1, 0, 5, 4])
+
+    def function(hidden, weight):
+        return loss(xhead.LazyLogits(hidden, weight), labels)
+
+    torch.autograd.gradcheck(function, (hidden, weight))
+    torch.autograd.gradgradcheck(function, (hidden, weight))
 
 
 def test_arguments_of_the_call_go_to_the_terms_that_take_them():

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dense import dense_logits, relative_error
 from tests.statistic_case import Case
+from xhead.engines import chunked
+from xhead.engines.problem import Problem
 from xhead.engines.summands import SUMMANDS
 from xhead.statistics import row_statistics
 
@@ -161,3 +164,34 @@ def test_misuse_is_named(message, wrong):
     case = Case()
     with pytest.raises(ValueError, match=message):
         row_statistics(case.hidden, case.weight, ("pointwise_sum",), **wrong)
+
+
+class Exponentials(TorchDispatchMode):
+    """While entered, counts the exponentials that are taken."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("exp", "exp_", "exp2", "softmax", "_softmax", "logsumexp")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (("pointwise_sum",), False),
+        (("pointwise_sum", "target"), False),
+        (("pointwise_sum", "target", "mean", "variance", "max", "argmax"), False),
+        (("pointwise_sum", "lse"), True),
+        (("entropy", "pointwise_sum"), True),
+    ],
+)
+def test_no_softmax_is_computed_where_none_is_asked_for(names, wanted):
+    problem = Problem(
+        torch.randn(9, 4), torch.randn(700, 4), names, target=torch.arange(9), pointwise="stablemax", softcap=3.0
+    )
+    with Exponentials() as mode:
+        results, state = chunked.forward(problem, True)
+        grads = {name: torch.ones_like(results[name]) for name in ("pointwise_sum", "target") if name in names}
+        chunked.backward(problem, results, state, grads, (True, True, False))
+    assert (mode.count > 0) == wanted

@@ -17,6 +17,7 @@ from torch import Tensor
 from xhead import pointwise, replay
 from xhead.pointwise import Steps
 from xhead.recording import Recording
+from xhead.shared_weight import rows_of
 from xhead.standin import Record
 from xhead.statistics import Statistics, check_range, row_statistics
 
@@ -236,7 +237,7 @@ class LazyLogits(Recording):
             index = classes.to(factors.weight.device)
             steps = tuple(step for step in pointwise.of_classes(bound._steps, index) if step[0] != "cast")
             with torch.autocast(hidden.device.type, enabled=False):
-                weight = factors.weight.index_select(0, index).to(dtype)
+                weight = rows_of(factors.weight, index).to(dtype)
                 bias = None if factors.bias is None else factors.bias[index].to(dtype)
                 return pointwise.replay(steps, F.linear(hidden.to(dtype), weight, bias))
 

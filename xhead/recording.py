@@ -21,6 +21,7 @@ class Recording(StandIn):
     _steps: pointwise.Steps
     _classes: int
     _columns: tuple[int, int] | None
+    _row_mask: Tensor | None
     _detached: bool
     _compute_dtype: torch.dtype
 
@@ -235,6 +236,8 @@ class Recording(StandIn):
     def _rows(self, function: Callable[[Tensor], Tensor]) -> Any:
         other = self._like()
         other._terms = tuple(term._replace(hidden=function(term.hidden)) for term in self._terms)
+        if self._row_mask is not None:
+            other._row_mask = function(self._row_mask.unsqueeze(-1)).squeeze(-1)
         return other
 
     @recorded

@@ -32,15 +32,18 @@ def _split(problem: Problem) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
     """Two per-row statistics that the gradient needs, the moments of the closed forms, and what the filter left out."""
     streamed, closed = _split(problem)
-    found = [torch.empty(problem.rows, dtype=problem.accumulate_dtype, device=problem.hidden.device) for _ in _STATE]
     return [
-        *found,
+        *_per_row(problem),
         *gram.empty_state(problem.having(closed), save),
         *skipping.empty_state(problem.having(streamed), save),
     ]
 
 
 _STATE = ("lse", "uniform_mean")
+
+
+def _per_row(problem: Problem) -> list[Tensor]:
+    return [torch.empty(problem.rows, dtype=problem.accumulate_dtype, device=problem.hidden.device) for _ in _STATE]
 
 
 def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
@@ -59,10 +62,10 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
         for start, stop in tiles.class_blocks():
             weight = tiles.weight(start, stop)
             logits = tiles.logits(hidden, weight, start)
-            exponentials = tiles.scratch(logits)
-            rescale = running.update(logits, exponentials, start)
-            if recorder is not None:
-                recorder.record(logits, exponentials, weight, running, rescale, start)
+            exponentials = tiles.scratch(logits) if running.softmax else None
+            running.update(logits, exponentials, start)
+            if recorder is not None and exponentials is not None:
+                recorder.record(logits, exponentials, weight, running, start)
         block = running.results()
         if tiles.order is not None:
             block["argmax"] = tiles.order[block["argmax"]].long()
@@ -79,14 +82,17 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
         whole = _nothing(streaming)
     results.update({name: whole[name] for name in streamed})
     # Outputs of one operator must not share memory, so what is both a result and a state is copied.
-    kept = [whole[name].clone() if name in whole else whole["lse"].new_empty(problem.rows) for name in _STATE]
+    kept = _per_row(problem)
+    for name, tensor in zip(_STATE, kept, strict=True):
+        if name in whole:
+            tensor.copy_(whole[name])
     return results, [*kept, *moments, *state]
 
 
 def _nothing(problem: Problem) -> Results:
     """The statistics where no row counts."""
     zeros = torch.zeros(problem.rows, dtype=problem.accumulate_dtype, device=problem.hidden.device)
-    results = {name: zeros.clone() for name in (*problem.names, "lse")}
+    results = {name: zeros.clone() for name in problem.names}
     if "argmax" in results:
         results["argmax"] = results["argmax"].long()
     if problem.values is not None:

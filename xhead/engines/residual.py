@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xhead.engines.problem import Results
 from xhead.engines.summands import SUMMANDS
-from xhead.engines.tiles import RULED_OUT, Tiles
+from xhead.engines.tiles import RULED_OUT, SOFTMAX, Tiles
 
 
 class Residual:
@@ -34,7 +34,7 @@ class Residual:
         if "expectation" in grads:
             self.direction = grads["expectation"]
             self.level = self.level - (self.direction * found["expectation"]).sum(1)
-        self.softmax_wanted = any(name in grads for name in ("lse", "entropy", "expectation"))
+        self.softmax_wanted = not SOFTMAX.isdisjoint(grads)
 
     def tile(self, logits: Tensor, first: int, last: int, start: int) -> Tensor:
         """(n, c), valid until the next call. logits: (n, c), rows first to last, classes from `start` on."""

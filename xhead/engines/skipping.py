@@ -222,18 +222,15 @@ class Recorder:
         # A few tiles hold most entries. Those are found again, so that the memory serves the many that hold few.
         self.tile_budget = _BUDGET_OF_MEAN * state.index.shape[0] // max(blocks_saved * across, 1)
 
-    def record(
-        self, logits: Tensor, share: Tensor, weight: Tensor, running: Running, rescale: Tensor, start: int
-    ) -> None:
-        """Take a tile in.
+    def record(self, logits: Tensor, share: Tensor, weight: Tensor, running: Running, start: int) -> None:
+        """Take a tile in that `running` has taken in.
 
-        logits and `share = exp(logits - shift)`: (n, c), both used up; weight: (c, D); rescale: (n,) from the last
-        shift to this.
+        logits and `share = exp(logits - shift)`: (n, c), both used up; weight: (c, D)
         """
         first, last, state = running.first, running.last, self.state
         if self.compensate:
-            state.total_mass[first:last] *= rescale
-            state.first_moment[first:last] *= rescale
+            state.total_mass[first:last] *= running.rescale
+            state.first_moment[first:last] *= running.rescale
         if start == 0 and self.compensate:
             # The classes of the highest mean hold the most mass and are the least alike: one tile, multiplied out.
             return

@@ -9,6 +9,9 @@ from xhead.engines.gram import blocks, inverse
 from xhead.engines.problem import Problem, column_rows
 from xhead.engines.summands import SUMMANDS
 
+SOFTMAX = frozenset(("lse", "entropy", "expectation"))
+"""Statistics that need the exponential of every logit, as their gradients do."""
+
 RULED_OUT = -1e18  # stands for a logit of -inf where it is multiplied with a probability of 0
 
 
@@ -163,9 +166,6 @@ class Tiles:
         return row[begin:end], position[begin:end] - start
 
 
-_OF_SOFTMAX = {"lse", "entropy", "expectation", "max", "argmax"}
-
-
 class Running:
     """Statistics of a block of rows as its tiles go by: each is merged with what came before and can be again."""
 
@@ -173,11 +173,12 @@ class Running:
         self.tiles, self.first, self.last = tiles, first, last
         problem = tiles.problem
         self.names = problem.names
-        self.softmax_wanted = bool(_OF_SOFTMAX & set(self.names))
+        self.softmax = not SOFTMAX.isdisjoint(problem.names)
         count = last - first
         new = torch.zeros(count, dtype=problem.accumulate_dtype, device=problem.hidden.device)
         self.shift = torch.full_like(new, float("-inf"))
         self.total, self.weighted, self.target = new, new.clone(), new.clone()
+        self.rescale = new  # from the shift before the last tile to that after it
         self.argmax = torch.zeros(count, dtype=torch.int64, device=new.device)
         self.mean, self.weighted_mean, self.deviation = new.clone(), new.clone(), new.clone()
         self.complement = (torch.full_like(new, float("-inf")), new.clone())
@@ -187,13 +188,16 @@ class Running:
         if problem.values is not None:
             self.moment = new.new_zeros(count, problem.values.shape[1])
 
-    def update(self, logits: Tensor, exponentials: Tensor, start: int) -> Tensor:
-        """Take in a tile's logits (n, c) and leave `exp(logits - shift)` in `exponentials` if a statistic needs them.
+    def update(self, logits: Tensor, exponentials: Tensor | None, start: int) -> None:
+        """Take in a tile's logits (n, c).
 
-        Returns the factor (n,) from the shift before to this one.
+        exponentials: (n, c), where `exp(logits - shift)` is left; None where no statistic asks for it, `softmax` False.
         """
         problem, stop = self.tiles.problem, start + logits.shape[1]
-        rescale = self._update_softmax(logits, exponentials, start) if self.softmax_wanted else self.total
+        if exponentials is not None:
+            self._update_softmax(logits, exponentials, start)
+        elif "max" in self.names or "argmax" in self.names:
+            self._update_largest(logits, start)
         if problem.target is not None:
             self._update_target(logits, start, stop)
         if "mean" in self.names or "variance" in self.names:
@@ -203,32 +207,32 @@ class Running:
         if "pointwise_sum" in self.names:
             assert problem.pointwise is not None
             self.pointwise += SUMMANDS[problem.pointwise].value(logits, *problem.pointwise_parameters).sum(1)
-        return rescale
 
-    def _update_softmax(self, logits: Tensor, exponentials: Tensor, start: int) -> Tensor:
+    def _update_largest(self, logits: Tensor, start: int) -> None:
         if "argmax" in self.names:
             largest, position = logits.max(1)
             self.argmax = torch.where(largest > self.shift, position + start, self.argmax)
         else:
             largest = logits.amax(1)
-        shift = torch.maximum(self.shift, largest)
+        self.shift = torch.maximum(self.shift, largest)
+
+    def _update_softmax(self, logits: Tensor, exponentials: Tensor, start: int) -> None:
+        values, previous, before = self.tiles.problem.values, self.shift, self.total
+        self._update_largest(logits, start)
         # A row of -inf only must not become NaN through -inf - (-inf).
-        base = shift.clamp(min=torch.finfo(shift.dtype).min)
-        rescale = (self.shift - base).exp_()
+        base = self.shift.clamp(min=torch.finfo(logits.dtype).min)
+        self.rescale = (previous - base).exp_()
         torch.sub(logits, base[:, None], out=exponentials).exp_()
-        previous, before, self.shift = self.shift, self.total, shift
-        self.total = self.total * rescale + exponentials.sum(1)
+        self.total = before * self.rescale + exponentials.sum(1)
         if "entropy" in self.names:
             # Relative to the shift, so that the entropy does not come out as a difference of large logits.
             moved = (previous - base).clamp(min=RULED_OUT)
             relative = (logits - base[:, None]).clamp_(min=RULED_OUT)
-            self.weighted = (self.weighted + moved * before) * rescale + (exponentials * relative).sum(1)
+            self.weighted = (self.weighted + moved * before) * self.rescale + (exponentials * relative).sum(1)
         if self.moment is not None:
-            values = self.tiles.problem.values
             assert values is not None
-            in_tile = values[start : start + logits.shape[1]].to(logits.dtype)
-            self.moment = self.moment * rescale[:, None] + exponentials @ in_tile
-        return rescale
+            some = values[start : start + logits.shape[1]].to(logits.dtype)
+            self.moment = self.moment * self.rescale[:, None] + exponentials @ some
 
     def _update_target(self, logits: Tensor, start: int, stop: int) -> None:
         target = self.tiles.target
@@ -267,8 +271,9 @@ class Running:
     def results(self) -> dict[str, Tensor]:
         """Everything that was taken in, whether asked for or needed by the gradient: statistic -> (n,)."""
         problem = self.tiles.problem
-        lse = _log_sum(self.shift, self.total)
-        found = {"lse": lse, "max": self.shift, "argmax": self.argmax}
+        found = {"max": self.shift, "argmax": self.argmax}
+        if self.softmax:
+            found["lse"] = _log_sum(self.shift, self.total)
         if problem.target is not None:
             found["target"] = self.target
         if "entropy" in self.names:

@@ -74,6 +74,11 @@ class RegisteredLoss:
         return _REGISTRY[self.name].ordered
 
     @property
+    def takes_logits(self) -> bool:
+        """Whether it is made of a few logits, not of statistics."""
+        return not _REGISTRY[self.name].statistics
+
+    @property
     def call_options(self) -> frozenset[str]:
         return _REGISTRY[self.name].call_options
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xhead.lazy import LazyLogits
+from xhead.lazy import Factors, LazyLogits
+from xhead.shared_weight import shared
 from xhead.statistics import Statistics
 
 # A plus that does not belong to a factor such as 1e+2.
@@ -58,13 +59,20 @@ class SumLoss:
     def __call__(self, logits: Any, labels: Tensor, **call_options: Any) -> Tensor:
         """Each call option goes to the terms that take it. Raises ValueError where none does."""
         check_call_options(self.name, self.call_options, call_options)
-        shared = SharedLogits.of(logits)
-        total = None
-        for factor, loss in self.terms:
+        return logits.evaluate(lambda bound: self._rows(SharedLogits.of(bound), labels, call_options))
+
+    def _rows(self, logits: "SharedLogits", labels: Tensor, call_options: dict[str, Any]) -> Tensor:
+        # The gradients are found in the reverse order, and a sparse one for the weight is added in place to a dense one
+        # that comes after it, not before: losses that take a few logits alone come last.
+        last = [loss.takes_logits for _, loss in self.terms]
+        rows: dict[int, Tensor] = {}
+        for index in sorted(range(len(self.terms)), key=last.__getitem__):
+            factor, loss = self.terms[index]
             own = {name: value for name, value in call_options.items() if name in loss.call_options}
-            rows = factor * loss(shared, labels, **own)
-            total = rows if total is None else total + rows
-        assert total is not None
+            rows[index] = factor * loss(logits, labels, **own)
+        total = rows[0]
+        for index in range(1, len(rows)):
+            total = total + rows[index]
         return total
 
 
@@ -82,18 +90,25 @@ _OF_OTHER_STATISTICS = ("mean_weight", "values", "columns")
 
 
 class SharedLogits(LazyLogits):
-    """Lazy logits whose lse is computed once for all who ask for it with the same options: one pass, one backward."""
+    """Lazy logits whose lse is computed once for all who ask for it with the same options: one pass, one backward.
+
+    The gradients that the terms have for the weight are summed in place.
+    """
 
     # What is answered of a LazyLogits, also what is registered later.
     _answers = LazyLogits._answers
     _lse_by_options: dict[tuple, Tensor]
 
     @classmethod
-    def of(cls, logits: LazyLogits) -> "SharedLogits":
-        shared = object.__new__(cls)
-        shared._copy(logits)
-        shared._lse_by_options = {}
-        return shared
+    def of(cls, bound: LazyLogits) -> "SharedLogits":
+        """bound: what `LazyLogits.evaluate` gives"""
+        logits = object.__new__(cls)
+        logits._copy(bound)
+        logits._lse_by_options = {}
+        factors = bound._factors()
+        together = Factors(shared(factors.weight), factors.bias, factors.joined)
+        logits._terms = (bound._terms[0]._replace(projection=together),)
+        return logits
 
     def statistics(self, *names: str, target: Tensor | None = None, **options: Any) -> Statistics:
         """As `LazyLogits.statistics`. Where lse is all that is asked for, `row_mask` may be disregarded."""
