@@ -77,7 +77,7 @@ def run_tests(files: list[str], seconds: float) -> dict[str, object]:
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, *, most: int = 20, about: float = 1.0) -> float:
-    """Median seconds of a call by events on the GPU's stream, after two calls that compile and warm up; a CPU has one."""
+    """Median seconds of a call by events on the GPU's stream, after two that compile and warm up; a CPU has one."""
     cuda = device.type == "cuda"
     for _ in range(2 if cuda else 0):
         function()
