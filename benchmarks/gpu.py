@@ -69,14 +69,15 @@ def run_tests(files: list[str], seconds: float) -> dict[str, object]:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(seconds, 1)
         )
-    except subprocess.TimeoutExpired:
-        return {"passed": None, "said": f"not finished after {seconds:.0f} s"}
+    except subprocess.TimeoutExpired as expired:
+        lines = (expired.stdout or b"").decode().strip().splitlines()
+        return {"passed": None, "said": f"not finished after {seconds:.0f} s: {lines[-1] if lines else ''}"}
     lines = (done.stdout + done.stderr).strip().splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return {"passed": done.returncode == 0, "said": lines[-1] if lines else "", "failures": failures}
 
 
-def seconds_of(function: Callable[[], object], device: torch.device, *, most: int = 20, about: float = 1.0) -> float:
+def seconds_of(function: Callable[[], object], device: torch.device, *, most: int = 20, about: float = 0.4) -> float:
     """Median seconds of a call by events on the GPU's stream, after two that compile and warm up; a CPU has one."""
     cuda = device.type == "cuda"
     for _ in range(2 if cuda else 0):
@@ -159,17 +160,18 @@ def timed(candidate: Candidate, made: HeadInputs, truth: Truth, device: torch.de
             return loss(made.hidden, made.weight, made.target)
 
     with candidate.settings(), active_shares() as shares:
-        value = float(forward())
         training.step(loss)
         hidden_error, weight_error = truth.errors(*training.gradients())
         record: dict[str, Any] = {
             "name": candidate.name,
-            "loss": value,
-            "forward": seconds_of(forward, device),
             "both": seconds_of(lambda: training.step(loss), device),
             "hidden_error": hidden_error,
             "weight_error": weight_error,
         }
+        try:
+            record |= {"loss": float(forward()), "forward": seconds_of(forward, device)}
+        except Exception as error:  # there are losses that only run with a gradient
+            record["forward_why"] = reason(error)
         if device.type == "cuda":
             peak = measure.peak_memory(
                 lambda: training.step(loss), results=training.gradients, reset=training.reset, device=device
@@ -180,6 +182,12 @@ def timed(candidate: Candidate, made: HeadInputs, truth: Truth, device: torch.de
     return record
 
 
+def reason(error: Exception) -> str:
+    """An error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
 def attempt(candidate: Candidate, *arguments: Any) -> dict[str, Any]:
     """The record of a loss, or why there is none."""
     try:
@@ -187,8 +195,7 @@ def attempt(candidate: Candidate, *arguments: Any) -> dict[str, Any]:
     except NotInstalled as missing:
         return {"name": candidate.name, "why": f"not installed: {missing}"}
     except Exception as error:  # what a peer raises is its result
-        lines = str(error).strip().splitlines()
-        return {"name": candidate.name, "why": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
+        return {"name": candidate.name, "why": reason(error)}
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -243,7 +250,7 @@ def table(record: dict[str, Any]) -> str:
         rows.append(
             [
                 found["name"],
-                f"{found['forward'] * 1e3:.2f}",
+                f"{found['forward'] * 1e3:.2f}" if "forward" in found else found["forward_why"],
                 f"{found['both'] * 1e3:.2f}",
                 f"{found['both'] / base:.2f}" if base else "-",
                 megabytes(found.get("beyond_gradients")),
@@ -306,7 +313,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         try:
             case |= measure_case(shape, kinds(shape)[kind], candidates, device, share)
         except (RuntimeError, ValueError) as error:
-            case["why"] = f"{type(error).__name__}: {error}"[:300]
+            case["why"] = reason(error)
         record["cases"].append(case)
         save_json(options.output, record)
         print(f"\n{name}, {kind}: N {shape.rows:,}, V {shape.classes:,}, D {shape.width:,}, bfloat16\n", flush=True)

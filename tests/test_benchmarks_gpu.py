@@ -44,15 +44,24 @@ def test_what_is_not_there_or_fails_is_said(monkeypatch):
     def failing():
         return lambda hidden, weight, target: (_ for _ in ()).throw(RuntimeError("no such kernel\nmore"))
 
-    candidates = [gpu_losses.Candidate("missing", missing), gpu_losses.Candidate("failing", failing)]
+    def training_only():
+        def loss(hidden, weight, target):
+            if not torch.is_grad_enabled():
+                raise ValueError("only with a gradient")
+            return torch.nn.functional.cross_entropy(hidden @ weight.T, target)
+
+        return loss
+
+    losses = {"missing": missing, "failing": failing, "training only": training_only}
+    candidates = [gpu_losses.Candidate(name, make) for name, make in losses.items()]
     device = torch.device("cpu")
     shape = gpu.Shape(20, 60, 8)
     make = gpu.kinds(shape)["random initialisation"]
     case = gpu.measure_case(shape, make, candidates, device, gpu.Clock(60.0))
-    assert [found["why"] for found in case["results"]] == [
-        "not installed: some-kernels",
-        "RuntimeError: no such kernel",
-    ]
+    whys = [found["why"] for found in case["results"][:2]]
+    assert whys == ["not installed: some-kernels", "RuntimeError: no such kernel"]
+    assert case["results"][2]["forward_why"] == "ValueError: only with a gradient"
+    assert case["results"][2]["both"] > 0
     assert "not installed: some-kernels" in gpu.table(case)
     late = gpu.measure_case(shape, make, candidates, device, gpu.Clock(0.0))
     assert {found["why"] for found in late["results"]} == {"no time left"}
