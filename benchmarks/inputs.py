@@ -4,6 +4,7 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,12 +60,15 @@ def load(path: str | Path, rows: int | None = None) -> HeadInputs:
     return HeadInputs(hidden.contiguous(), tensors["weight"].contiguous(), target, f"file {Path(path).name}")
 
 
-def random_initialisation(rows: int, classes: int, width: int, *, seed: int = 0) -> HeadInputs:
+def random_initialisation(
+    rows: int, classes: int, width: int, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> HeadInputs:
     """As a model computes before its first step: hidden states of a layer norm, weights of deviation 0.02."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.nn.functional.layer_norm(torch.randn(rows, width, generator=generator), (width,))
-    weight = torch.randn(classes, width, generator=generator) * 0.02
-    target = torch.randint(classes, (rows,), generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    options: Any = {"generator": generator, "device": device}
+    hidden = torch.nn.functional.layer_norm(torch.randn(rows, width, **options), (width,))
+    weight = torch.randn(classes, width, **options) * 0.02
+    target = torch.randint(classes, (rows,), **options)
     return HeadInputs(hidden, weight, target, "random initialisation")
 
 
@@ -77,6 +81,7 @@ def trained_like(
     threshold: float = 2.0**-12,
     clusters: int = 64,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> HeadInputs:
     """Synthetic inputs whose softmax has a given share of entries at or above a threshold.
 
@@ -89,25 +94,25 @@ def trained_like(
     Raises:
         ValueError: a kept share that no such inputs have.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     # One direction of the space carries the log-frequency of a class; the others its meaning.
-    frequency = -torch.log(torch.arange(classes) + 2.7)
+    frequency = -torch.log(torch.arange(classes, device=device) + 2.7)
     frequency -= frequency.mean()
     meaning = normal(classes, width - 1) / math.sqrt(width - 1)
     weight = torch.cat([frequency[:, None] / math.sqrt(width), meaning], dim=1)
 
     centres = normal(clusters, width - 1)
-    cluster = torch.randint(clusters, (rows,), generator=generator)
+    cluster = torch.randint(clusters, (rows,), generator=generator, device=device)
     context = 0.8 * centres[cluster] + 0.6 * normal(rows, width - 1)
     sureness = torch.exp(0.35 * normal(rows, 1))
 
     def hidden_states(strength: float, count: int) -> Tensor:
         own = strength * sureness[:count] * context[:count]
-        return torch.cat([torch.full((count, 1), math.sqrt(width)), own], dim=1)
+        return torch.cat([torch.full((count, 1), math.sqrt(width), device=device), own], dim=1)
 
     def share(strength: float) -> float:
         hidden = hidden_states(strength, min(rows, 256))
@@ -122,7 +127,7 @@ def trained_like(
         middle = (low + high) / 2
         low, high = (middle, high) if share(middle) > kept_share else (low, middle)
     hidden = hidden_states((low + high) / 2, rows)
-    target = torch.empty(rows, dtype=torch.long)
+    target = torch.empty(rows, dtype=torch.long, device=device)
     for start in range(0, rows, 256):
         p = torch.softmax(hidden[start : start + 256] @ weight.T, dim=1)
         target[start : start + 256] = torch.multinomial(p, 1, generator=generator)[:, 0]

@@ -85,14 +85,34 @@ def test_the_fused_forward_and_the_slices_agree(monkeypatch):
     monkeypatch.setattr(engine, "FUSED_FORWARD", False)
     sliced = some.found(names, engine="triton", filter_eps=None)
     for name in names:
-        torch.testing.assert_close(fused[name], sliced[name], rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(fused[name], sliced[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_soft_targets(softcap):
+@pytest.mark.parametrize("layout", ["rows", "columns", "expanded"])
+def test_soft_targets(layout, softcap):
     some = case()
-    some.target = torch.rand(11, 301, device=DEVICE)
+    some.target = {
+        "rows": torch.rand(11, 301, device=DEVICE),
+        "columns": torch.rand(301, 11, device=DEVICE).T,
+        "expanded": torch.full((1, 1), 1 / 301, device=DEVICE).expand(11, 301),
+    }[layout]
     check(some, ("lse", "target"), "triton", dtype=FLOAT, softcap=softcap)
+
+
+def test_soft_targets_of_some_rows():
+    some, mask = case(), torch.arange(11, device=DEVICE) % 2 == 0
+    some.target = torch.rand(11, 301, device=DEVICE)
+    ours, theirs = (some.found(("lse", "target"), engine=name, row_mask=mask) for name in ("triton", "chunked"))
+    for one, other in zip(some.gradients(ours), some.gradients(theirs), strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+def test_columns_of_hidden_and_weight_that_are_apart():
+    some = case()
+    some.hidden = torch.randn(19, 11, device=DEVICE).T.requires_grad_()
+    some.weight = torch.randn(301, 38, device=DEVICE)[:, ::2].requires_grad_()
+    check(some, ("lse", "target", "entropy"), "triton", dtype=FLOAT)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +129,7 @@ def test_pointwise_sums(pointwise, parameters):
     doubled = [t.detach().double().requires_grad_() for t in some.inputs]
     options["bias"] = doubled[2]
     exact = row_statistics(*doubled[:2], ("pointwise_sum",), engine="reference", **options).pointwise_sum
-    assert relative_error(found, exact) < 1e-6
+    assert relative_error(found, exact) < 1e-5
     gradients = torch.autograd.grad(found.sum(), some.inputs), torch.autograd.grad(exact.sum(), doubled)
     for mine, true in zip(*gradients, strict=True):
         assert relative_error(mine, true) < 1e-5

@@ -75,8 +75,8 @@ def _slice_residual_kernel(
     VALUES_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1)
+    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, column = local < classes, first_class + local
     logits = slice_logits(products, bias, row, local, first_class, classes, products_stride, scale, softcap)
     # 0 * inf would be NaN.
@@ -133,4 +133,4 @@ def slice_residual(part: Slice, factors: RowFactors, out: Tensor) -> None:
         "BLOCK": BLOCK,
         "num_warps": WARPS,
     }
-    _slice_residual_kernel[(rows, ceil_divide(classes, BLOCK))](**options)
+    _slice_residual_kernel[(ceil_divide(classes, BLOCK), rows)](**options)

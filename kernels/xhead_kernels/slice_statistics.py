@@ -51,7 +51,7 @@ def _slice_statistics_kernel(
     VALUES_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, block = tl.program_id(0), tl.program_id(1)
+    block, row = tl.program_id(0), tl.program_id(1)
     local = block * BLOCK + tl.arange(0, BLOCK)
     inside, column = local < classes, first_class + local
     place = block.to(tl.int64) * rows + row
@@ -124,7 +124,7 @@ def slice_statistics(part: Slice, names: tuple[str, ...]) -> dict[str, Tensor]:
         found["expectation"] = torch.empty(*shape, part.values.shape[1], **options)
     options: dict[str, Any] = {f"{key}_out": found.get(key) for key in _OUTPUTS}
     options |= {**part.arguments(), "BLOCK": BLOCK, "num_warps": WARPS}
-    _slice_statistics_kernel[(rows, shape[0])](**options)
+    _slice_statistics_kernel[shape](**options)
     return found
 
 

@@ -12,7 +12,7 @@ from xhead_kernels.tile import capped
 class Slice(NamedTuple):
     """`hidden @ weight.T` for n rows and the classes `first_class` to `first_class + c`, and what goes with them."""
 
-    products: Tensor  # (n, c) float32
+    products: Tensor  # (n, c) float32, n at most 65,535: rows are the grid's second dimension
     first_class: int
     bias: Tensor | None  # (V,)
     scale: float

@@ -15,7 +15,7 @@ from xhead.engines.operands import Operands, kernels
 from xhead.engines.problem import Problem, Results, cap_slope
 from xhead.engines.tile_means import SkippedTiles
 
-_RESIDUAL_BYTES = 1 << 25  # residual tiles held at a time
+_RESIDUAL_BYTES = 1 << 27  # residual tiles held at a time: enough for several of them on each multiprocessor
 _TILE_COLUMNS = 256  # of the record, compared at a time
 _TARGET_ROWS = 512
 

@@ -48,6 +48,7 @@ class Slices:
         if problem.soft_target:
             assert problem.target is not None
             target = operands.rows.take(problem.target[:, start:stop])
+            target = target if target.stride(-1) == 1 else target.contiguous()
         return kernels("slices").Slice(
             products=products,
             first_class=start,

@@ -147,10 +147,14 @@ def backward(
     operands = Operands(streaming)
     rows, device = operands.rows, problem.hidden.device
     hidden_grad = torch.zeros(rows.count, problem.hidden.shape[1], device=device) if needs[0] else None
-    weight_grad = torch.zeros_like(problem.weight, memory_format=torch.contiguous_format) if needs[1] else None
     bias_grad = torch.zeros(problem.vocabulary, device=device) if needs[2] else None
     upstream = {name: rows.take(grad) for name, grad in grads.items() if name in streaming.names}
-    if upstream and rows.count:
+    streamed = bool(upstream) and rows.count > 0
+    weight_grad = None
+    if needs[1]:
+        make = torch.empty_like if streamed else torch.zeros_like  # either way back writes every class
+        weight_grad = make(problem.weight, memory_format=torch.contiguous_format)
+    if streamed:
         known = results | {"lse": lse, "uniform_mean": uniform_mean}
         found = {name: rows.take(value) for name, value in known.items()}
         tiles = None
