@@ -1,5 +1,6 @@
 """The table of losses, from what each says of itself where it is registered."""
 
+import re
 from dataclasses import fields
 
 from xhead.engines.problem import STREAMED
@@ -12,7 +13,7 @@ def loss_table() -> str:
     for name in list_losses():
         entry = describe_loss(name)
         statistics = ", ".join(f"`{statistic}`" for statistic in entry.statistics) or "a few logits"
-        lines.append(f"| `{name}` | {entry.formula} | {statistics} | {_pass(entry)} | {entry.source} |")
+        lines.append(f"| `{name}` | {_escaped(entry.formula)} | {statistics} | {_pass(entry)} | {entry.source} |")
     return "\n".join(lines)
 
 
@@ -20,3 +21,8 @@ def _pass(entry: Entry) -> str:
     if not set(entry.statistics) & set(STREAMED):
         return "no"
     return "yes, filtered" if any(field.name == "filter_eps" for field in fields(entry.config)) else "yes"
+
+
+def _escaped(cell: str) -> str:
+    """A bar would begin another cell."""
+    return re.sub(r"(?<!\\)\|", r"\\|", cell)

@@ -16,11 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xhead_kernels import products, residual, row_statistics
+from xhead_kernels import products, residual, row_statistics, slice_residual, slice_statistics
 from xhead_kernels.blocks import Blocks, blocks_of
 
-ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block of threads may have
+# Bytes that a block of threads may have; 8.6, 8.9 and 12.x, which get the blocks of 8.0, have the least.
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+ARCHITECTURES = tuple(SHARED_LIMIT)
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
@@ -40,20 +41,38 @@ def kernels(blocks: Blocks) -> dict:
     }
 
 
+def slice_kernels() -> dict:
+    """The kernels on slices, which multiply nothing: as the gradient of cross-entropy needs them, and all of them."""
+    plain = {"softcap": None, "bias": None, "values": None, "mean_weight": None, "row_offsets": None, "columns": None}
+    plain |= {"POINTWISE": None, "SOFT_TARGET": False, "VALUES": 0, "VALUES_PADDED": 1}
+    full = {"POINTWISE": "asymmetric", "SOFT_TARGET": True, "VALUES": 3, "VALUES_PADDED": 4}
+    found = {}
+    for name, module, wanted in (
+        ("slice_statistics", slice_statistics, ("shift_out", "total_out")),
+        ("slice_residual", slice_residual, ("lse_of", "level_of", "target_of", "out")),
+    ):
+        kernel, block = getattr(module, f"_{name}_kernel"), {"BLOCK": module.BLOCK}
+        unused = {n: None for n in kernel.arg_names if n.endswith(("_out", "_of")) and n not in wanted}
+        found[name] = kernel, plain | unused | block, module.WARPS
+        found[f"{name}, all"] = kernel, full | block, module.WARPS
+    return found
+
+
 TYPES = {
     "target": "*i64", "argmax_out": "*i64", "row_start": "*i64", "class_start": "*i64", "row_block_of": "*i32",
     "class_block_of": "*i32", "row_tile": "*i32", "hidden": "*bf16", "weight": "*bf16", "bias": "*bf16",
     "residual": "*bf16", "out": "*bf16", "weight_grad": "*bf16", "tile_peak_out": "*fp16", "scale": "fp32",
-    "softcap": "fp32",
+    "softcap": "fp32", "gamma": "fp32", "margin": "fp32", "row_offsets": "*i64", "columns": "*i64",
 }  # fmt: skip
 NUMBERS = {
     "rows", "classes", "size", "hidden_stride", "weight_stride", "grad_stride", "tiles", "tiles_per_split",
-    "first_block",
+    "first_block", "first_class", "products_stride", "target_stride", "out_stride",
 }  # fmt: skip
-ALIGNED = {"size", "hidden_stride", "weight_stride", "grad_stride"}  # multiples of 16 in any model worth the speed
+# Multiples of 16 in any model worth the speed.
+ALIGNED = {"size", "hidden_stride", "weight_stride", "grad_stride", "first_class", "products_stride", "out_stride"}
 
 
-def compiled(kernel, constants: dict, blocks: Blocks, architecture: int):
+def compiled(kernel, constants: dict, architecture: int, **options: int):
     """The kernel for an architecture, from types alone."""
     signature, attributes, values = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -61,10 +80,11 @@ def compiled(kernel, constants: dict, blocks: Blocks, architecture: int):
             signature[name], values[position,] = "constexpr", constants[name]
             continue
         signature[name] = "i32" if name in NUMBERS else TYPES.get(name, "*fp32")
+        if name == "target" and constants.get("SOFT_TARGET"):
+            signature[name] = "*bf16"
         if name in ALIGNED or signature[name].startswith("*"):
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -80,20 +100,27 @@ def spilled(cubin: bytes) -> int:
     return int(found[1]) + int(found[2])
 
 
+def records(architecture: int):
+    """What the compiler made of each kernel, for the blocks that the architecture gets."""
+    blocks = blocks_of(torch.bfloat16, architecture // 10)
+    work = {name: (*each, blocks.warps, True) for name, each in kernels(blocks).items()}
+    work |= {name: (*each, False) for name, each in slice_kernels().items()}
+    for name, (kernel, constants, warps, multiplies) in work.items():
+        made = compiled(kernel, constants, architecture, num_warps=warps, num_stages=blocks.stages)
+        yield {
+            "kernel": name,
+            "architecture": architecture,
+            "tensor_core": TENSOR_CORE[architecture] in made.asm["ptx"] or not multiplies,
+            "asynchronous_copies": made.asm["ptx"].count("cp.async"),
+            "spilled": spilled(made.asm["cubin"]),
+            "shared": made.metadata.shared,
+            "fits": made.metadata.shared <= SHARED_LIMIT[architecture],
+        }
+
+
 def main() -> None:
     for architecture in ARCHITECTURES:
-        blocks = blocks_of(torch.bfloat16, architecture // 10)
-        for name, (kernel, constants) in kernels(blocks).items():
-            made = compiled(kernel, constants, blocks, architecture)
-            record = {
-                "kernel": name,
-                "architecture": architecture,
-                "tensor_core": TENSOR_CORE[architecture] in made.asm["ptx"],
-                "asynchronous_copies": made.asm["ptx"].count("cp.async"),
-                "spilled": spilled(made.asm["cubin"]),
-                "shared": made.metadata.shared,
-                "fits": made.metadata.shared <= SHARED_LIMIT[architecture],
-            }
+        for record in records(architecture):
             print(json.dumps(record), flush=True)
 
 

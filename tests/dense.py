@@ -26,7 +26,7 @@ def dense_statistic(name: str, logits: Tensor, *, target=None, values=None, sets
             return (target.double() * logits).sum(-1)
         return torch.stack([row[index] for row, index in zip(logits, target, strict=True)])
     if name == "mean":
-        c = torch.ones(logits.shape[1]).double() if mean_weight is None else mean_weight.double()
+        c = logits.new_ones(logits.shape[1]) if mean_weight is None else mean_weight.double()
         return (c * logits).sum(-1) / c.sum()
     if name == "variance":
         return ((logits - logits.mean(-1, keepdim=True)) ** 2).mean(-1)

@@ -17,7 +17,7 @@ from xhead.losses import describe_loss, get_loss, vectors
 ROWS, CLASSES, SIZE = 41, 1031, 13
 
 
-LINEAR_ONLY = ("logit_clip",)
+LINEAR_ONLY = ("logit_clip", "aldr_kl")
 NUMBERS = {"token_ids": list(range(2, 12)), "values": [float(value) for value in range(10)]}
 NEEDED = {
     "logit_clip": {"max_norm": 40.0},
@@ -284,12 +284,15 @@ BAD = [
     ("maxsup", {"alpha": math.inf}, "alpha must be"),
     ("lse_penalty", {"coefficient": -1}, "coefficient must be"),
     ("rce", {"label_floor": 0.0}, "label_floor must be a number between 0 and 1, both left out, got 0.0"),
-    ("apl", {"active": "mae"}, "active must be one of ce, nce, focal, got 'mae'"),
-    ("apl", {"passive": "ce"}, "passive must be one of mae, rce, got 'ce'"),
+    ("apl", {"active": "mae"}, "active must be one of ce, nce, focal, nfl, got 'mae'"),
+    ("apl", {"passive": "ce"}, "passive must be one of mae, nmae, rce, nrce, got 'ce'"),
     ("apl", {"beta": -1.0}, "beta must be"),
     ("logit_clip", {}, "logit_clip needs max_norm"),
     ("logit_clip", {"max_norm": 0.0}, "max_norm must be a finite number above 0, got 0.0"),
     ("ldr_kl", {"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+    ("aldr_kl", {"alpha": 1.0}, "alpha must be a finite number above 1, got 1.0"),
+    ("aldr_kl", {"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+    ("aldr_kl", {"tolerance": -1.0}, "tolerance must be a finite number of at least 0, got -1.0"),
     ("asymmetric", {"margin": 1.0}, "margin must be below 1, got 1.0"),
     ("asymmetric", {"gamma_negative": -1.0}, "gamma_negative must be"),
     ("mae", {"filter_eps": 2.0}, 'filter_eps must be "auto", None or a number'),
@@ -311,12 +314,6 @@ def test_options_of_the_call_that_a_loss_does_not_take(name):
     for option in ({"class_weight": torch.ones(CLASSES)}, {"label_smoothing": 0.1}):
         with pytest.raises(ValueError, match=f"{next(iter(option))}, which the loss '{name}' does not take"):
             loss(xhead.LazyLogits(hidden, weight, bias), labels, **option)
-
-
-def test_normalising_one_class_is_refused():
-    logits = xhead.LazyLogits(torch.randn(2, 3), torch.randn(1, 3))
-    with pytest.raises(ValueError, match="two classes or more, got logits of 1 class"):
-        get_loss("nce")(logits, torch.tensor([0, 0]))
 
 
 @registered

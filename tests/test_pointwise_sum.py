@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.dense import dense_logits, relative_error
-from tests.test_statistics import Case
+from tests.statistic_case import Case
 from xhead.engines.summands import SUMMANDS
 from xhead.statistics import row_statistics
 

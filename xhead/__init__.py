@@ -1,5 +1,6 @@
 """xhead: the output head of a language model, the projection to the vocabulary and the loss, without the logits."""
 
+from xhead.accumulate import accumulate
 from xhead.heads import list_heads
 from xhead.lazy import LazyLogits
 from xhead.losses import list_losses
@@ -15,6 +16,7 @@ __all__ = [
     "LazyLogits",
     "MaterializedWarning",
     "Statistics",
+    "accumulate",
     "linear_cross_entropy",
     "list_heads",
     "list_losses",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xhead import engines
-from xhead.engines import reference
+from xhead.engines import deferral, gram, reference
 from xhead.engines.problem import FilterOptions, Problem, Results
 
 _NOT_DIFFERENTIABLE = ("max", "argmax")
@@ -74,34 +74,22 @@ def _unpack(*arguments) -> Problem:
     )
 
 
-@torch.library.custom_op("xhead::row_statistics", mutates_args=())
-def _forward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    values: Tensor | None,
-    row_offsets: Tensor | None,
-    columns: Tensor | None,
-    mean_weight: Tensor | None,
-    row_mask: Tensor | None,
-    names: str,
-    pointwise: str | None,
-    scale: float,
-    softcap: float | None,
-    threshold: float,
-    compensate: bool,
-    hidden_grad: bool,
-    weight_grad: bool,
-    engine: str,
-    save: bool,
-) -> list[Tensor]:
-    problem = _unpack(
-        hidden, weight, bias, target, values, row_offsets, columns, mean_weight, row_mask,
-        names, pointwise, scale, softcap, threshold, compensate, hidden_grad, weight_grad,
-    )  # fmt: skip
+_PROBLEM = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? values, Tensor? row_offsets, "
+    "Tensor? columns, Tensor? mean_weight, Tensor? row_mask, str names, str? pointwise, float scale, float? softcap, "
+    "float threshold, bool compensate, bool hidden_grad, bool weight_grad"
+)
+"""What `_pack` gives, as the operators' schemas name it."""
+
+
+@torch.library.custom_op(
+    "xhead::row_statistics", mutates_args=(), schema=f"({_PROBLEM}, str engine, bool save) -> Tensor[]"
+)
+def _forward_op(*arguments) -> list[Tensor]:
+    *packed, engine, save = arguments
+    problem = _unpack(*packed)
     # The caller has cast for autocast already; inside, float32 accumulation must stay float32.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(problem.hidden.device.type, enabled=False):
         results, state = engines.get(engine).forward(problem, save)
     return [results[name] for name in problem.names] + list(state)
 
@@ -116,49 +104,29 @@ def _(*arguments):
         shape: tuple[int, ...] = (problem.rows,)
         if name == "expectation" and problem.values is not None:
             shape = (problem.rows, problem.values.shape[1])
+        elif name == "column_logits" and problem.columns is not None:
+            shape = tuple(problem.columns.shape)
         outputs.append(problem.hidden.new_empty(shape, dtype=dtype))
     return outputs + list(engines.get(engine).empty_state(problem, save))
 
 
-@torch.library.custom_op("xhead::row_statistics_backward", mutates_args=())
-def _backward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    values: Tensor | None,
-    row_offsets: Tensor | None,
-    columns: Tensor | None,
-    mean_weight: Tensor | None,
-    row_mask: Tensor | None,
-    names: str,
-    pointwise: str | None,
-    scale: float,
-    softcap: float | None,
-    threshold: float,
-    compensate: bool,
-    hidden_grad: bool,
-    weight_grad: bool,
-    engine: str,
-    outputs: list[Tensor],
-    grad_names: str,
-    grads: list[Tensor],
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> list[Tensor]:
-    problem = _unpack(
-        hidden, weight, bias, target, values, row_offsets, columns, mean_weight, row_mask,
-        names, pointwise, scale, softcap, threshold, compensate, hidden_grad, weight_grad,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "xhead::row_statistics_backward",
+    mutates_args=(),
+    schema=f"({_PROBLEM}, str engine, Tensor[] outputs, str grad_names, Tensor[] grads, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
+)
+def _backward_op(*arguments) -> list[Tensor]:
+    *packed, engine, outputs, grad_names, grads, needs_hidden, needs_weight, needs_bias = arguments
+    problem = _unpack(*packed)
     results = dict(zip(problem.names, outputs, strict=False))
     state = outputs[len(problem.names) :]
     row_grads = dict(zip(grad_names.split(","), grads, strict=True))
     needs = (needs_hidden, needs_weight, needs_bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(problem.hidden.device.type, enabled=False):
         gradients = engines.get(engine).backward(problem, results, state, row_grads, needs)
     # An operator's outputs are tensors: one that is not needed comes back empty.
-    return [hidden.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    return [problem.hidden.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @_backward_op.register_fake
@@ -184,10 +152,15 @@ def _backward(ctx, output_grads):
     tensors, outputs = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
     needs = ctx.needs_input_grad[:3]
     grads = {name: grad for name, grad in zip(ctx.names, output_grads, strict=False) if grad is not None}
+    problem = _unpack(*tensors, *ctx.options)
     if not grads or not any(needs):
         gradients = [None, None, None]
     elif torch.is_grad_enabled():
-        gradients = _differentiable_backward(_unpack(*tensors, *ctx.options), grads, needs)
+        gradients = _differentiable_backward(problem, grads, needs)
+    elif ctx.engine == "gram" and (pending := deferral.find(problem)) is not None:
+        state = list(outputs[len(ctx.names) :])
+        with torch.autocast(problem.hidden.device.type, enabled=False):
+            gradients = gram.backward(problem, {}, state, grads, needs, take_weight=pending.add)
     else:
         gradients = _backward_op(
             *tensors, *ctx.options, ctx.engine, list(outputs), ",".join(grads), list(grads.values()), *needs

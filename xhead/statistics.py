@@ -21,8 +21,9 @@ from xhead.engines.summands import SUMMANDS
 class Statistics:
     """The statistics asked for; the others are None. Each is shaped as the rows: `hidden.shape[:-1]`.
 
-    float32, or float64 where the hidden states are float64; `argmax` is int64 and `expectation` has the trailing shape
-    of `values`. All but `max` and `argmax` are differentiable.
+    float32, or float64 where the hidden states are float64; `argmax` is int64, `expectation` has the trailing shape
+    of `values`, and `column_logits` is (E,), a number an entry of the rows' column sets. All but `max` and `argmax` are
+    differentiable.
     """
 
     lse: Tensor | None = None
@@ -36,6 +37,7 @@ class Statistics:
     subset_lse: Tensor | None = None
     complement_lse: Tensor | None = None
     pointwise_sum: Tensor | None = None
+    column_logits: Tensor | None = None
 
 
 def row_statistics(
@@ -74,6 +76,7 @@ def row_statistics(
     | `subset_lse` | `log sum exp` over the row's `columns`; -inf where it has none |
     | `complement_lse` | `log sum exp` over all classes but the row's `columns`; -inf where none is left |
     | `pointwise_sum` | `sum_k s(o_k)`, with s the function named by `pointwise` |
+    | `column_logits` | (E,): `o_k` of each row's `columns`, row after row, by class and without repeats |
 
     | pointwise | `s(o)` |
     |---|---|
@@ -128,6 +131,9 @@ def row_statistics(
     results = autograd.statistics(problem, engine)
     shaped = {}
     for name, value in results.items():
+        if name == "column_logits":
+            shaped[name] = value
+            continue
         trailing = values.shape[1:] if name == "expectation" and values is not None else ()
         shaped[name] = value.reshape((*rows_shape, *trailing))
     return Statistics(**shaped)
@@ -193,6 +199,7 @@ _NEEDED = {
     "expectation": "values",
     "subset_lse": "columns",
     "complement_lse": "columns",
+    "column_logits": "columns",
     "pointwise_sum": "pointwise",
 }
 

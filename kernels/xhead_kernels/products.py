@@ -84,7 +84,9 @@ def _weight_grad_kernel(
     inside = (column < classes)[:, None] & (feature < size)[None, :]
     scale = tl.load(factor)
     # What is there already starts the sum, rather than joining it at the end beside a full set of registers.
-    rest_row = tl.load(rest + (first_block + block) * size + feature, mask=feature < size, other=0.0) / scale
+    rest_row = (
+        tl.load(rest + (first_block + block).to(tl.int64) * size + feature, mask=feature < size, other=0.0) / scale
+    )
     total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32) + rest_row[None, :]
     if ADD:
         total += tl.load(place, mask=inside, other=0.0).to(tl.float32) / scale

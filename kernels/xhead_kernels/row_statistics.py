@@ -71,7 +71,7 @@ def _row_statistics_kernel(
         safe = tl.where(new_shift == float("-inf"), 0.0, new_shift)
         total = total * tl.exp(shift - safe) + tile_total * tl.exp(base - safe)
         shift = new_shift
-    place = split * rows + row
+    place = split.to(tl.int64) * rows + row
     tl.store(shift_out + place, shift, mask=row_inside)
     tl.store(total_out + place, total, mask=row_inside)
     if HAS_ARGMAX:

@@ -17,6 +17,13 @@ def multiply_add(left, right, total):
 
 
 @triton.jit
+def capped(logits, softcap):
+    """`softcap * tanh(logits / softcap)`"""
+    # tanh(x) = 1 - 2 / (exp(2 x) + 1): exact at both ends, where exp is 0 or infinite.
+    return softcap * (1 - 2 / (tl.exp(2 * (logits / softcap)) + 1))
+
+
+@triton.jit
 def tile_logits(
     hidden,  # (N, D)
     weight,  # (V, D)
@@ -54,6 +61,5 @@ def tile_logits(
         logits += tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
     logits *= scale
     if HAS_CAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1): exact at both ends, where exp is 0 or infinite.
-        logits = softcap * (1 - 2 / (tl.exp(2 * (logits / softcap)) + 1))
+        logits = capped(logits, softcap)
     return logits

@@ -1,4 +1,4 @@
-"""What the recipe adds to the stock Trainer: exact validation perplexity, and the time of each step."""
+"""What the recipe adds to the stock Trainer: exact validation, and the time of each step."""
 
 from __future__ import annotations
 
@@ -10,31 +10,39 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.modeling_utils import unwrap_model
 
 from recipes.one_billion_word.packing import PackedSentences
-from recipes.one_billion_word.perplexity import measure_perplexity
+from recipes.one_billion_word.perplexity import measure_errors, measure_perplexity
+from recipes.one_billion_word.scoring import Scorer
 
 
 class ExactValidation(TrainerCallback):
-    """Log `valid_loss` and `valid_perplexity` every so many steps and after the last.
+    """Log `valid_loss` and `valid_perplexity` every so many steps and after the last; for a head that defines no
+    probability `valid_top_1_error` and so on.
 
     The Trainer's own evaluation averages the means of batches, which weighs a token of a batch with few tokens more.
     """
 
-    def __init__(self, trainer: Trainer, blocks: PackedSentences, every: int) -> None:
+    def __init__(self, trainer: Trainer, scorer: Scorer, blocks: PackedSentences, every: int) -> None:
         self.trainer = trainer
+        self.scorer = scorer
         self.blocks = blocks
         self.every = every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        measured = measure_perplexity(
-            unwrap_model(self.trainer.model),  # pyright: ignore
-            self.blocks,
-            batch_size=args.per_device_eval_batch_size,
-            progress=None if args.disable_tqdm or not state.is_local_process_zero else "validating",
-        )
+        model = unwrap_model(self.trainer.model)  # pyright: ignore
+        how: dict[str, Any] = {
+            "batch_size": args.per_device_eval_batch_size,
+            "progress": None if args.disable_tqdm or not state.is_local_process_zero else "validating",
+        }
+        if self.scorer.defines_probability:
+            measured = measure_perplexity(model, self.blocks, scorer=self.scorer, **how)
+            entry = {"valid_loss": measured.loss, "valid_perplexity": measured.perplexity}
+        else:
+            errors = measure_errors(model, self.blocks, self.scorer, **how)
+            entry = {f"valid_top_{k}_error": error for k, error in errors.items()}
         should_log = control.should_log
-        self.trainer.log({"valid_loss": measured.loss, "valid_perplexity": measured.perplexity})
+        self.trainer.log(entry)
         control.should_log = should_log  # logging clears it, and the training loss of this step is logged next
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from recipes.one_billion_word.packing import PackedSentences
-from recipes.one_billion_word.perplexity import hidden_and_targets, output_head
+from recipes.one_billion_word.perplexity import hidden_and_targets
+from recipes.one_billion_word.scoring import output_head
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from recipes.one_billion_word.packing import IGNORED
-from recipes.one_billion_word.perplexity import output_head
+from recipes.one_billion_word.scoring import output_head
 
 
 def measure_loss_memory(

@@ -1,19 +1,32 @@
-"""The model: a stock Llama of transformers, small, over the words of a vocabulary; and its patch."""
+"""The model, a small stock Llama of transformers or an n-gram network over the words of a vocabulary; and its patch."""
 
 from __future__ import annotations
 
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 import xhead
+from recipes.one_billion_word.adaptive import AdaptiveLlama, AdaptiveNgram
 from recipes.one_billion_word.errors import RecipeError
-from recipes.one_billion_word.options import STOCK, ModelOptions
+from recipes.one_billion_word.ngram import NgramConfig, NgramForCausalLM
+from recipes.one_billion_word.options import ADAPTIVE, NGRAM, SAMPLED, STOCK, ModelOptions
+from recipes.one_billion_word.sampled import SampledSoftmax
 from recipes.one_billion_word.vocabulary import Vocabulary
 from xhead.losses import get_loss
 
 
-def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int, seed: int) -> LlamaForCausalLM:
+def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int, seed: int) -> PreTrainedModel:
     """A model with random weights that depend on nothing but the shapes and the seed."""
     set_seed(seed)
+    adaptive = options.head == ADAPTIVE
+    if options.network == NGRAM:
+        config = NgramConfig(
+            vocab_size=len(vocabulary),
+            context=options.context,
+            embedding_size=options.embedding_size,
+            hidden_sizes=options.parsed_hidden_sizes,
+            bos_token_id=vocabulary.start,
+        )
+        return (AdaptiveNgram if adaptive else NgramForCausalLM)(config)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=options.hidden_size,
@@ -27,7 +40,7 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
         pad_token_id=None,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    return (AdaptiveLlama if adaptive else LlamaForCausalLM)(config)
 
 
 def check_loss(options: ModelOptions) -> None:
@@ -38,17 +51,19 @@ def check_loss(options: ModelOptions) -> None:
     """
     if options.loss == STOCK:
         return
-    if options.loss not in xhead.list_losses():
-        raise RecipeError(f"--loss is {options.loss!r}; known: {', '.join([STOCK, *xhead.list_losses()])}")
+    if options.loss not in (SAMPLED, *xhead.list_losses()):
+        raise RecipeError(f"--loss is {options.loss!r}; known: {', '.join([STOCK, SAMPLED, *xhead.list_losses()])}")
     loss_options = {name: value for name, value in options.parsed_loss_options.items() if name != "lazy_eval"}
     try:
-        get_loss(options.loss, **loss_options)
+        SampledSoftmax(**loss_options) if options.loss == SAMPLED else get_loss(options.loss, **loss_options)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"--loss {options.loss} --loss_options {options.loss_options}: {error}") from error
 
 
-def apply_loss(model: LlamaForCausalLM, options: ModelOptions) -> LlamaForCausalLM:
+def apply_loss(model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:
     """Patch the model unless the stock loss is wanted."""
     if options.loss == STOCK:
         return model
+    if options.loss == SAMPLED:
+        return xhead.patch(model, loss=SampledSoftmax(**options.parsed_loss_options))
     return xhead.patch(model, loss=options.loss, **options.parsed_loss_options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -12,6 +13,22 @@ from transformers import HfArgumentParser, TrainingArguments
 from recipes.one_billion_word.errors import RecipeError
 
 STOCK = "stock"
+SAMPLED = "sampled"
+LINEAR, ADAPTIVE = "linear", "adaptive"
+TRANSFORMER, NGRAM = "transformer", "ngram"
+
+PRESETS = {
+    # The network of the Z-loss paper, arXiv 1604.08859: 200 places a step.
+    "ngram": {"network": NGRAM, "block_length": 100, "per_device_train_batch_size": 2, "weight_decay": 0.0},
+    "ngram_small": {
+        "network": NGRAM,
+        "embedding_size": 64,
+        "hidden_sizes": "128,128,64",
+        "block_length": 64,
+        "per_device_train_batch_size": 16,
+        "weight_decay": 0.0,
+    },
+}
 
 
 @dataclass
@@ -51,14 +68,32 @@ class DataOptions:
 
 @dataclass
 class ModelOptions:
-    """The transformer and the loss it trains with."""
+    """The network, its output head and the loss it trains with."""
 
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "ngram, the feed-forward network of the Z-loss paper, or ngram_small; other options override."
+        },
+    )
+    network: str = field(default=TRANSFORMER, metadata={"help": "transformer or ngram."})
+    context: int = field(default=9, metadata={"help": "ngram: words that the next one is predicted from."})
+    embedding_size: int = field(default=512, metadata={"help": "ngram: width of the embeddings."})
+    hidden_sizes: str = field(default="2048,2048,512", metadata={"help": "ngram: widths of the hidden layers."})
+    head: str = field(
+        default=LINEAR,
+        metadata={"help": "linear, or adaptive (torch.nn.AdaptiveLogSoftmaxWithLoss), which has a loss of its own."},
+    )
     hidden_size: int = field(default=256, metadata={"help": "Width of the hidden states."})
     layers: int = field(default=2, metadata={"help": "Transformer layers."})
     attention_heads: int = field(default=4, metadata={"help": "Attention heads; they divide hidden_size."})
     tie_embeddings: bool = field(default=True, metadata={"help": "Use one matrix for input and output words."})
     loss: str = field(
-        default=STOCK, metadata={"help": "stock (the model as it is), or a loss that xhead.patch knows, such as cce."}
+        default=STOCK,
+        metadata={
+            "help": "stock (the model as it is), sampled (softmax over words drawn by frequency), or a loss that "
+            "xhead.patch knows, such as cce or zloss."
+        },
     )
     loss_options: str = field(
         default="{}", metadata={"help": """JSON for xhead.patch, as in '{"filter_eps": 0.00390625}'."""}
@@ -71,9 +106,27 @@ class ModelOptions:
                 f"--hidden_size is {self.hidden_size}: it must be a multiple of 2 x --attention_heads = "
                 f"{2 * self.attention_heads}, since positions rotate pairs of a head's numbers"
             )
+        for name, value, known in (
+            ("preset", self.preset, (None, *PRESETS)),
+            ("network", self.network, (TRANSFORMER, NGRAM)),
+            ("head", self.head, (LINEAR, ADAPTIVE)),
+        ):
+            if value not in known:
+                raise RecipeError(f"--{name} is {value!r}; known: {', '.join(filter(None, known))}")
+        _at_least(1, context=self.context, embedding_size=self.embedding_size)
+        _at_least(1, hidden_sizes=min(self.parsed_hidden_sizes))
+        if self.head == ADAPTIVE and self.loss != STOCK:
+            raise RecipeError(f"--head adaptive has a loss of its own: leave --loss {self.loss} out")
         options = self.parsed_loss_options
         if self.loss == STOCK and options:
             raise RecipeError("--loss_options needs a --loss other than stock, which has no options")
+
+    @property
+    def parsed_hidden_sizes(self) -> tuple[int, ...]:
+        sizes = self.hidden_sizes.split(",")
+        if not all(size.strip().isdecimal() for size in sizes):
+            raise RecipeError(f"--hidden_sizes is {self.hidden_sizes!r}; give whole numbers with commas: 2048,2048,512")
+        return tuple(map(int, sizes))
 
     @property
     def parsed_loss_options(self) -> dict[str, Any]:
@@ -119,7 +172,7 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     parser = HfArgumentParser(
         (DataOptions, ModelOptions, RunOptions, TrainingArguments),  # pyright: ignore
         prog="python -m recipes.one_billion_word",
-        description="Train a word-level transformer and measure its exact perplexity.",
+        description="Train a word-level model and measure its exact perplexity and ranking errors.",
         allow_abbrev=False,
     )
     on_gpu = torch.cuda.is_available()
@@ -140,6 +193,7 @@ def parse_options(arguments: list[str] | None = None) -> Options:
         ddp_find_unused_parameters=False,
         report_to="none",
     )
+    parser.set_defaults(**PRESETS.get(_preset(arguments), {}))
     try:
         parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except ValueError as error:  # from TrainingArguments: such as bf16 on a device without it
@@ -153,6 +207,13 @@ def parse_options(arguments: list[str] | None = None) -> Options:
             "a resumed run would otherwise log its first loss over another number of steps"
         )
     return data, model, run, training
+
+
+def _preset(arguments: list[str] | None) -> str:
+    """The preset on a command line: it sets defaults, so it has to be known before the line is parsed."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", default="")
+    return finder.parse_known_args(arguments)[0].preset
 
 
 def _at_least(minimum: int, **values: int) -> None:

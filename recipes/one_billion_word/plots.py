@@ -45,3 +45,32 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def plot_errors(report: Mapping[str, Any], path: Path) -> None:
+    """Top-k error over k, a line a method: after the same steps on the left, after the same seconds on the right.
+
+    Args:
+        report: what the ranking comparison writes to ranking.json.
+        path: the picture to write; its ending says the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"at_steps": f"{report['steps']:,} steps each", "at_seconds": f"{report['seconds']:g} seconds each"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for method, found in report["methods"].items():
+            errors = found[name]["errors"]
+            axes.plot([int(k) for k in errors], [100 * error for error in errors.values()], marker="o", label=method)
+        axes.set_xscale("log")
+        axes.set_xlabel("k")
+        axes.set_title(title, fontsize="small")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("right word not among the k best, %")
+    panels[0].legend()
+    figure.suptitle(report["data"], fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

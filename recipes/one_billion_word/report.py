@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, Trainer
 
 import xhead
 from recipes.one_billion_word.data import Data
-from recipes.one_billion_word.options import STOCK
+from recipes.one_billion_word.options import STOCK, ModelOptions
 from recipes.one_billion_word.plots import plot_losses
 
 
-def describe(data: Data, model: PreTrainedModel, loss: str) -> None:
+def describe(data: Data, model: PreTrainedModel, options: ModelOptions) -> None:
     """Say which data, which test set, which vocabulary and which model: on the first process only."""
     state = PartialState()
     state.print(f"data        {data.corpus.name}")
@@ -26,16 +26,21 @@ def describe(data: Data, model: PreTrainedModel, loss: str) -> None:
         f"vocabulary  {len(data.vocabulary):,} words; tokens to predict: {data.train.predicted:,} train, "
         f"{data.valid.predicted:,} valid"
     )
-    state.print(f"model       {model.num_parameters():,} parameters, loss {loss}, processes {state.num_processes}")
+    state.print(
+        f"model       {options.network}, {model.num_parameters():,} parameters, {options.head} head, "
+        f"loss {options.loss}, processes {state.num_processes}"
+    )
 
 
-def summarize(data: Data, model: PreTrainedModel, loss: str, trainer: Trainer, seconds: list[float]) -> dict[str, Any]:
+def summarize(
+    data: Data, model: PreTrainedModel, options: ModelOptions, trainer: Trainer, seconds: list[float]
+) -> dict[str, Any]:
     """The results of a training.
 
     Args:
         data: what was trained on.
         model: what was trained.
-        loss: the name of its loss.
+        options: its head and its loss.
         trainer: after training.
         seconds: of each step.
     """
@@ -53,7 +58,8 @@ def summarize(data: Data, model: PreTrainedModel, loss: str, trainer: Trainer, s
         "vocabulary": len(data.vocabulary),
         "train_tokens": data.train.predicted,
         "parameters": model.num_parameters(),
-        "loss": loss,
+        "head": options.head,
+        "loss": options.loss,
         "steps": trainer.state.global_step,
         "tokens_per_step": blocks * data.train.block_length,
         "processes": training.world_size,
@@ -66,16 +72,19 @@ def summarize(data: Data, model: PreTrainedModel, loss: str, trainer: Trainer, s
         "seconds_per_step_median": statistics.median(seconds) if seconds else None,
         "history": history,
     }
-    if loss != STOCK:
+    if options.loss != STOCK:
         status = xhead.status(model)
         results["patch"] = {"cut": status.cut, "materialized": status.materialized}
     return results
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
-    """Print the perplexities, and write results.json and losses.png."""
+    """Print the perplexities and the ranking errors, and write results.json and losses.png."""
+    errors = results["valid"].get("top_k_errors", {})
+    if errors:
+        print("valid       error " + ", ".join(f"top-{k} {error:.2%}" for k, error in errors.items()))
     for split in ("valid", "test"):
-        if split in results:
+        if split in results and results[split]["loss"] is not None:
             loss, perplexity, tokens = (results[split][name] for name in ("loss", "perplexity", "tokens"))
             print(f"{split:<12}loss {loss:.4f}, perplexity {perplexity:.2f} over {tokens:,} tokens")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")

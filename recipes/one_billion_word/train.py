@@ -1,4 +1,4 @@
-"""Train a word-level transformer with the stock Trainer and measure its exact perplexity."""
+"""Train a word-level model with the stock Trainer, and measure its exact perplexity and ranking errors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.head_inputs import save_head_inputs
 from recipes.one_billion_word.memory import measure_loss_memory, process_peak, reset_process_peak
 from recipes.one_billion_word.model import apply_loss, build_model, check_loss
-from recipes.one_billion_word.options import DataOptions, ModelOptions, RunOptions, parse_options
+from recipes.one_billion_word.options import ADAPTIVE, DataOptions, ModelOptions, RunOptions, parse_options
 from recipes.one_billion_word.packing import PackedSentences
-from recipes.one_billion_word.perplexity import measure_perplexity
+from recipes.one_billion_word.perplexity import measure_errors, measure_perplexity
 from recipes.one_billion_word.report import describe, summarize, write_report
+from recipes.one_billion_word.scoring import scorer_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,6 +55,8 @@ def run(
     state = PartialState()
     folder = Path(str(training.output_dir))
     check_loss(model_options)
+    if model_options.head == ADAPTIVE and (run_options.measure_memory or run_options.save_head_inputs):
+        raise RecipeError("--measure_memory and --save_head_inputs need a linear head, got --head adaptive")
     data = prepare_data(data_options, folder / "data")
     model = build_model(model_options, data.vocabulary, data_options.block_length, training.seed)
     description = {
@@ -62,6 +65,8 @@ def run(
         "layers": model_options.layers,
         "attention_heads": model_options.attention_heads,
         "tie_embeddings": model_options.tie_embeddings,
+        "network": model_options.network,
+        "head": model_options.head,
         "seed": training.seed,
     }
     check_description(folder, description, resume=run_options.resume)
@@ -70,7 +75,7 @@ def run(
     if state.is_main_process:
         write_description(folder, description)
         data.vocabulary.write(folder / "vocabulary.txt")
-    describe(data, model, model_options.loss)
+    describe(data, model, model_options)
     if run_options.resume:
         state.print(f"resume      from {checkpoint or 'the beginning: no whole checkpoint was found'}")
 
@@ -82,19 +87,23 @@ def run(
         data_collator=default_data_collator,
         callbacks=[timer, *callbacks],
     )
-    trainer.add_callback(ExactValidation(trainer, data.valid, run_options.valid_steps))
+    scorer = scorer_of(model, model_options)
+    trainer.add_callback(ExactValidation(trainer, scorer, data.valid, run_options.valid_steps))
     peak_is_of_training = reset_process_peak()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     peak = process_peak()
     trainer.save_model(str(folder / "model"))
 
-    results = summarize(data, model, model_options.loss, trainer, timer.seconds)
+    results = summarize(data, model, model_options, trainer, timer.seconds)
     results["process_peak_bytes"] = peak
     results["process_peak_is_of_training_alone"] = peak_is_of_training
-    if run_options.evaluate_test:
-        progress = None if training.disable_tqdm or not state.is_main_process else "testing"
-        batch_size = training.per_device_eval_batch_size
-        test = measure_perplexity(model, data.test, batch_size=batch_size, progress=progress)
+    quiet = training.disable_tqdm or not state.is_main_process
+    batch_size = training.per_device_eval_batch_size
+    errors = measure_errors(model, data.valid, scorer, batch_size=batch_size, progress=None if quiet else "ranking")
+    results["valid"]["top_k_errors"] = {str(k): error for k, error in errors.items()}
+    if run_options.evaluate_test and scorer.defines_probability:
+        progress = None if quiet else "testing"
+        test = measure_perplexity(model, data.test, scorer=scorer, batch_size=batch_size, progress=progress)
         results["test"] = {"loss": test.loss, "perplexity": test.perplexity, "tokens": test.tokens}
     if state.is_main_process:
         if run_options.measure_memory:

@@ -5,7 +5,7 @@ An engine's eligibility is a pure predicate on shapes, dtypes and devices; an el
 
 from types import ModuleType
 
-from xhead.engines import chunked, gram, reference, triton
+from xhead.engines import chunked, deferral, gram, reference, triton
 from xhead.engines.problem import Problem
 
 _ENGINES: dict[str, ModuleType] = {"gram": gram, "chunked": chunked, "triton": triton, "reference": reference}
@@ -20,6 +20,9 @@ def names() -> list[str]:
 def select(name: str, problem: Problem) -> str:
     """The engine that serves the problem: the one named, or for `"auto"` the first that is eligible.
 
+    `"auto"` passes over the closed forms where tiles take fewer multiplications, unless the weight's gradient is put
+    off.
+
     Raises ValueError for an unknown name, and for an engine that says it cannot serve this problem.
     """
     if problem.transform is not None:
@@ -27,7 +30,9 @@ def select(name: str, problem: Problem) -> str:
             raise ValueError(f"engine {name!r} cannot transform logits that it does not build; use 'reference'")
         return "reference"
     if name == "auto":
-        return next(candidate for candidate, engine in _ENGINES.items() if engine.eligible(problem))
+        tiles = not gram.cheaper(problem) and not deferral.put_off(problem.weight)
+        engines = [engine for engine in _ENGINES if not (engine == "gram" and tiles)]
+        return next(engine for engine in engines if _ENGINES[engine].eligible(problem))
     if name not in _ENGINES:
         raise ValueError(f'unknown engine {name!r}; known are "auto", {", ".join(map(repr, _ENGINES))}')
     if not _ENGINES[name].eligible(problem):

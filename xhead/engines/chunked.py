@@ -4,6 +4,8 @@ Forward: each block of rows meets each block of classes once, in a buffer that s
 gradient forms each tile again and multiplies it out; where it is filtered, `skipping` does better on most tiles.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,17 @@ def eligible(problem: Problem) -> bool:
     return True
 
 
+def _split(problem: Problem) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that tiles give, and those left to the closed forms: none where tiles alone cost less."""
+    if gram.eligible(problem) and not gram.cheaper(problem):
+        closed = tuple(name for name in problem.names if name == "subset_lse")
+        return tuple(name for name in problem.names if name not in closed), closed
+    return problem.streamed_names, problem.other_names
+
+
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
     """Two per-row statistics that the gradient needs, the moments of the closed forms, and what the filter left out."""
-    streamed, closed = problem.streamed_names, problem.other_names
+    streamed, closed = _split(problem)
     found = [torch.empty(problem.rows, dtype=problem.accumulate_dtype, device=problem.hidden.device) for _ in _STATE]
     return [
         *found,
@@ -34,7 +44,7 @@ _STATE = ("lse", "uniform_mean")
 
 
 def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
-    streamed, closed = problem.streamed_names, problem.other_names
+    streamed, closed = _split(problem)
     results, moments = gram.forward(problem.having(closed), save)
     streaming = problem.having(streamed)
     rows = Rows(streaming)
@@ -87,7 +97,7 @@ def _nothing(problem: Problem) -> Results:
 def backward(
     problem: Problem, results: Results, state: list[Tensor], grads: Results, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    streamed, closed = problem.streamed_names, problem.other_names
+    streamed, closed = _split(problem)
     known = dict(zip(_STATE, state[:2], strict=True)) | results
     moments, skipped = state[2:5], skipping.restore(state[5:])
     streaming = problem.having(streamed)
@@ -103,7 +113,7 @@ def backward(
     if skipped is not None and row_grads:
         Replayer(tiles, residual, skipped, gradients).run(closed_form)
     elif row_grads or gradients.weight is not None or gradients.bias is not None:
-        _add_exact(gradients, tiles, residual, closed_form, streaming=bool(row_grads))
+        add_exact(gradients, tiles, residual, closed_form, streaming=bool(row_grads))
     hidden_grad, weight_grad, bias_grad = gradients
     if hidden_grad is not None:
         hidden_grad = rows.spread(hidden_grad)
@@ -114,10 +124,18 @@ def backward(
     return hidden_grad, weight_grad, bias_grad
 
 
-def _add_exact(
+class Residuals(Protocol):
+    """Where `d loss / d logits` of a tile comes from."""
+
+    def tile(self, logits: Tensor, first: int, last: int, start: int) -> Tensor:
+        """(n, c), `scale` apart. logits: (n, c), rows first to last, classes from `start` on."""
+        ...
+
+
+def add_exact(
     gradients: Gradients,
     tiles: Tiles,
-    residual: Residual,
+    residual: Residuals,
     closed_form: gram.ClosedFormGradient,
     *,
     streaming: bool,

@@ -8,20 +8,29 @@ With rows extended by the bias, `w~_k = [w_k, bias_k]` and `h~_i = [h_i, 1]`, th
 
 `target` and `subset_lse` gather the rows of weight that they name. The cost is V D^2 + N D^2 in place of N V D; G is
 centred before it is squared, because `E[o^2] - E[o]^2` cancels in float32 where the rows of weight share a large mean.
+G is kept while the weight stays as it is, and `deferral` can put off the weight's gradient until many calls were made.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from xhead.engines.problem import Problem, Results, cap, cap_slope, column_rows
-
-_CLASS_BLOCK = 512  # rows of weight, and gathered rows, held in the accumulation dtype at a time
+from xhead.engines.weight_moments import blocks, centred_gram, extended_mean, extended_rows
 
 
 def eligible(problem: Problem) -> bool:
     return set(problem.closed_names) == set(problem.names)
+
+
+def cheaper(problem: Problem) -> bool:
+    """Whether the closed forms take fewer multiplications than tiles of logits, forward and backward.
+
+    `variance` costs V D^2 a way and 3 N D^2, tiles cost 4 N V D: few rows beside D are cheaper in tiles.
+    """
+    rows, classes, size = problem.rows, problem.vocabulary, problem.weight.shape[1]
+    return "variance" not in problem.names or size * (2 * classes + 3 * rows) <= 4 * rows * classes
 
 
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
@@ -38,12 +47,13 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
     mean, centre, gram = empty_state(problem, save)
     results: Results = {}
     hidden = problem.hidden
+    if "variance" in problem.names:
+        centre, gram = centred_gram(problem)
     if "mean" in problem.names:
-        mean = extended_mean(problem, problem.mean_weight)
+        known = "variance" in problem.names and problem.mean_weight is None
+        mean = centre.clone() if known else extended_mean(problem, problem.mean_weight)
         results["mean"] = problem.scale * _rowwise(hidden, lambda h: h @ mean[:-1] + mean[-1])
     if "variance" in problem.names:
-        centre = extended_mean(problem, None)
-        gram = scatter(problem, centre)
         results["variance"] = problem.scale**2 / problem.vocabulary * _rowwise(hidden, lambda h: quadratic(gram, h))
     if "target" in problem.names:
         assert problem.target is not None
@@ -51,14 +61,33 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
         results["target"] = gathered_logits(problem, rows, problem.target)
     if "subset_lse" in problem.names:
         results["subset_lse"] = _subset_lse(problem)[2]
-    if problem.row_mask is not None:
-        results = {name: value.masked_fill(~problem.row_mask, 0.0) for name, value in results.items()}
-    return results, [mean, centre, gram]
+    if "column_logits" in problem.names:
+        results["column_logits"] = gathered_logits(problem, *_entries_of_sets(problem))
+    return _of_counted_rows(problem, results), [mean, centre, gram]
+
+
+def _of_counted_rows(problem: Problem, values: Results) -> Results:
+    """The same, 0 for the rows that do not count."""
+    if problem.row_mask is None:
+        return values
+    masked = {}
+    for name, value in values.items():
+        ignored = ~problem.row_mask
+        masked[name] = value.masked_fill(
+            ignored[_entries_of_sets(problem)[0]] if name == "column_logits" else ignored, 0.0
+        )
+    return masked
 
 
 def backward(
-    problem: Problem, results: Results, state: list[Tensor], grads: Results, needs: tuple[bool, bool, bool]
+    problem: Problem,
+    results: Results,
+    state: list[Tensor],
+    grads: Results,
+    needs: tuple[bool, bool, bool],
+    take_weight: Callable[["ClosedFormGradient"], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """take_weight: called with the terms in the place of the weight's gradient, which is then None."""
     terms = ClosedFormGradient(problem, state, grads)
     hidden_grad = weight_grad = bias_grad = None
     dtype = problem.accumulate_dtype
@@ -66,7 +95,9 @@ def backward(
         hidden_grad = torch.zeros(problem.hidden.shape, dtype=dtype, device=problem.hidden.device)
         terms.add_hidden_grad(hidden_grad)
         hidden_grad = hidden_grad.to(problem.hidden.dtype)
-    if needs[1]:
+    if needs[1] and take_weight is not None:
+        take_weight(terms)
+    elif needs[1]:
         weight_grad = torch.empty_like(problem.weight)
         for start, stop in blocks(problem.vocabulary):
             tile = torch.zeros(stop - start, problem.weight.shape[1], dtype=dtype, device=problem.weight.device)
@@ -92,8 +123,7 @@ class ClosedFormGradient:
         """order: (V,) the class at each position that `add_weight_grad` and `add_bias_grad` speak of."""
         self.problem, self.order = problem, order
         self.mean, self.centre, self.gram = state
-        if problem.row_mask is not None:
-            grads = {name: grad.masked_fill(~problem.row_mask, 0.0) for name, grad in grads.items()}
+        grads = _of_counted_rows(problem, {name: grad for name, grad in grads.items() if name in problem.names})
         self.mean_grad, self.variance_grad = grads.get("mean"), grads.get("variance")
         if self.mean_grad is not None:
             self.mean_moment = extended_sum(problem, self.mean_grad)
@@ -167,45 +197,10 @@ class ClosedFormGradient:
         return row[first:last], column[first:last], value[first:last]
 
 
-def blocks(stop: int, start: int = 0, size: int = _CLASS_BLOCK) -> Iterator[tuple[int, int]]:
-    """[start, stop) in pieces of at most `size`."""
-    for first in range(start, stop, size):
-        yield first, min(first + size, stop)
-
-
 def inverse(order: Tensor) -> Tensor:
     """The position of each class in an order of them. order: (V,) -> (V,)"""
     position = torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
     return torch.empty_like(order).scatter_(0, order.long(), position)
-
-
-def extended_rows(problem: Problem, classes: slice | Tensor) -> Tensor:
-    """`[w_k, bias_k]` for some classes, in the accumulation dtype: (c, D + 1)."""
-    weight = problem.weight[classes].to(problem.accumulate_dtype)
-    bias = weight.new_zeros(weight.shape[0]) if problem.bias is None else problem.bias[classes].to(weight.dtype)
-    return torch.cat([weight, bias[:, None]], 1)
-
-
-def extended_mean(problem: Problem, class_weight: Tensor | None) -> Tensor:
-    """Weighted mean of the extended rows: (D + 1,)."""
-    dtype = problem.accumulate_dtype
-    if class_weight is None:
-        class_weight = torch.ones(1, dtype=dtype, device=problem.weight.device).expand(problem.vocabulary)
-    class_weight = class_weight.to(dtype)
-    total = torch.zeros(problem.weight.shape[1] + 1, dtype=dtype, device=problem.weight.device)
-    for start, stop in blocks(problem.vocabulary):
-        total += class_weight[start:stop] @ extended_rows(problem, slice(start, stop))
-    return total / class_weight.sum()
-
-
-def scatter(problem: Problem, centre: Tensor) -> Tensor:
-    """`sum_k (w~_k - centre)(w~_k - centre)'`: (D + 1, D + 1). centre: (D + 1,)"""
-    size = problem.weight.shape[1] + 1
-    total = torch.zeros(size, size, dtype=problem.accumulate_dtype, device=problem.weight.device)
-    for start, stop in blocks(problem.vocabulary):
-        centred = extended_rows(problem, slice(start, stop)) - centre
-        total.addmm_(centred.T, centred)
-    return total
 
 
 def quadratic(gram: Tensor, hidden: Tensor) -> Tensor:
@@ -258,12 +253,17 @@ def _rowwise(hidden: Tensor, function) -> Tensor:
 
 def _subset_lse(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Row index and logit of each entry of the sets, and the log-sum-exp a row."""
-    assert problem.row_offsets is not None and problem.columns is not None
-    row = column_rows(problem.row_offsets)
-    logits = gathered_logits(problem, row, problem.columns)
+    row, column = _entries_of_sets(problem)
+    logits = gathered_logits(problem, row, column)
     largest = logits.new_full((problem.rows,), float("-inf")).scatter_reduce_(0, row, logits, "amax")
     total = torch.zeros_like(largest).index_add_(0, row, (logits - largest[row]).exp_())
     return row, logits, total.log_() + largest
+
+
+def _entries_of_sets(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(row, class) of each entry of the rows' column sets."""
+    assert problem.row_offsets is not None and problem.columns is not None
+    return column_rows(problem.row_offsets), problem.columns
 
 
 def _gathered_entries(problem: Problem, grads: Results, order: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -278,6 +278,10 @@ def _gathered_entries(problem: Problem, grads: Results, order: Tensor | None) ->
         row, logits, lse = _subset_lse(problem)
         slope = (logits - lse[row]).exp_() * _slope(logits, problem)
         pieces.append((row, problem.columns, grads["subset_lse"][row] * slope))
+    if "column_logits" in grads:
+        row, column = _entries_of_sets(problem)
+        logits = gathered_logits(problem, row, column) if problem.softcap is not None else grads["column_logits"]
+        pieces.append((row, column, grads["column_logits"] * _slope(logits, problem)))
     if not pieces:
         return None
     row, column, value = (torch.cat(parts) for parts in zip(*pieces, strict=True))

@@ -10,11 +10,11 @@ from torch import Tensor
 STREAMED = ("lse", "entropy", "expectation", "max", "argmax", "complement_lse", "pointwise_sum")
 """Statistics that need every logit of a row once."""
 
-CLOSED = ("target", "mean", "variance", "subset_lse")
+CLOSED = ("target", "mean", "variance", "subset_lse", "column_logits")
 """Statistics that need no pass over all the logits, as long as these are linear in the hidden state."""
 
 STATISTICS = STREAMED + CLOSED
-SCALARS = tuple(name for name in STATISTICS if name not in ("expectation", "argmax"))
+SCALARS = tuple(name for name in STATISTICS if name not in ("expectation", "argmax", "column_logits"))
 
 
 class FilterOptions(NamedTuple):
@@ -70,7 +70,7 @@ class Problem:
         closed = []
         for name in self.names:
             linear = name in ("mean", "variance") and self.softcap is None
-            gathered = name == "subset_lse" or (name == "target" and not self.soft_target)
+            gathered = name in ("subset_lse", "column_logits") or (name == "target" and not self.soft_target)
             if linear or gathered:
                 closed.append(name)
         return tuple(closed)
@@ -94,7 +94,7 @@ class Problem:
 
 
 Results = dict[str, Tensor]
-"""Statistic name -> (N,), or (N, M) for `expectation`."""
+"""Statistic name -> (N,); (N, M) for `expectation`, (sum of the sets' sizes,) for `column_logits`."""
 
 
 def column_rows(row_offsets: Tensor) -> Tensor:

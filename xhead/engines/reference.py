@@ -31,7 +31,12 @@ def statistics(problem: Problem) -> Results:
     for name in problem.names:
         value = _STATISTIC[name](logits, problem)
         if problem.row_mask is not None:
-            mask = problem.row_mask if value.ndim == 1 else problem.row_mask[:, None]
+            mask = problem.row_mask
+            if name == "column_logits":
+                assert problem.row_offsets is not None
+                mask = mask[column_rows(problem.row_offsets)]
+            elif value.ndim > 1:
+                mask = mask[:, None]
             value = torch.where(mask, value, torch.zeros_like(value))
         results[name] = value
     return results
@@ -74,6 +79,11 @@ def _column_mask(logits: Tensor, problem: Problem) -> Tensor:
     return mask
 
 
+def _column_logits(logits: Tensor, problem: Problem) -> Tensor:
+    assert problem.row_offsets is not None and problem.columns is not None
+    return logits[column_rows(problem.row_offsets), problem.columns]
+
+
 def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     """`log sum exp` over the columns in the mask; -inf, with gradient 0, where there are none."""
     empty = ~mask.any(-1)
@@ -95,4 +105,5 @@ _STATISTIC = {
     "subset_lse": lambda logits, problem: masked_logsumexp(logits, _column_mask(logits, problem)),
     "complement_lse": lambda logits, problem: masked_logsumexp(logits, ~_column_mask(logits, problem)),
     "pointwise_sum": _pointwise_sum,
+    "column_logits": _column_logits,
 }

@@ -41,12 +41,15 @@ class Residual:
         problem, grads, stop = self.tiles.problem, self.grads, start + logits.shape[1]
         rows = slice(first, last)
         out = self.tiles.scratch(logits)
-        if self.softmax_wanted:
+        complement_only = "complement_lse" in grads and not self.softmax_wanted
+        if complement_only:
+            self._complement(logits, first, last, start, out)
+        elif self.softmax_wanted:
             torch.sub(logits, self.found["lse"][rows, None], out=out).exp_().mul_(self._factor(logits, rows, start))
         else:
             out.zero_()
-        if "complement_lse" in grads:
-            out += self._complement(logits, first, last, start)
+        if "complement_lse" in grads and not complement_only:
+            out += self._complement(logits, first, last, start, self.tiles.scratch(logits, 2))
         if "pointwise_sum" in grads:
             assert problem.pointwise is not None
             slope = SUMMANDS[problem.pointwise].slope(logits, *problem.pointwise_parameters)
@@ -74,12 +77,11 @@ class Residual:
             factor = factor + self.direction[rows] @ values[start : start + logits.shape[1]].to(logits.dtype).T
         return factor
 
-    def _complement(self, logits: Tensor, first: int, last: int, start: int) -> Tensor:
+    def _complement(self, logits: Tensor, first: int, last: int, start: int, out: Tensor) -> Tensor:
         lse = self.found["complement_lse"][first:last, None]
-        share = (logits - lse.masked_fill(lse == float("-inf"), float("inf"))).exp_()
-        row, column = self.tiles.set_in(first, last, start, start + logits.shape[1])
-        share[row, column] = 0.0
-        return share.mul_(self.grads["complement_lse"][first:last, None])
+        torch.sub(logits, lse.masked_fill(lse == float("-inf"), float("inf")), out=out).exp_()
+        out[self.tiles.set_in(first, last, start)] = 0.0
+        return out.mul_(self.grads["complement_lse"][first:last, None])
 
     def _mean_share(self, start: int, stop: int, like: Tensor) -> Tensor:
         mean_weight, classes = self.tiles.problem.mean_weight, self.tiles.problem.vocabulary

@@ -42,7 +42,7 @@ _ROW_BYTES, _ENTRY_BYTES = 1 << 21, 1 << 20  # from forward to backward: row mas
 _PROBE_ROWS = 8
 _PROBE_SHARE = 1 / 40  # kept share of the probed rows above which the exact gradient is about as fast, or faster
 SAVED, FOUND_AGAIN, DENSE = 0, 1, 2
-_COMPATIBLE = {"lse", "target", "max", "argmax", "mean", "variance", "subset_lse"}
+_COMPATIBLE = {"lse", "target", "max", "argmax", "mean", "variance", "subset_lse", "column_logits"}
 
 
 class SkippingState(NamedTuple):

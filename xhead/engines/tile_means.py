@@ -14,12 +14,11 @@ logits were normal inside a block: then log(m_ib / |b|) + lse_i = obar_ib + s^2 
 of the logit under p lies s^2 above obar_ib. So the forward need not record a moment. For the weight it is 1.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from xhead.engines.gram import blocks
+from xhead.engines.operands import Operands
 from xhead.engines.problem import Problem
 
 _ROWS, _CLASSES = 1024, 4096  # met at a time
@@ -32,7 +31,7 @@ class SkippedTiles:
     def __init__(
         self,
         problem: Problem,
-        operands: Any,
+        operands: Operands,
         lse: Tensor,  # (n,)
         level: Tensor,  # (n,) upstream gradient
         tile_lse: Tensor,  # (class blocks, n)

@@ -70,10 +70,11 @@ class Tiles:
     def __init__(self, problem: Problem, rows: Rows, order: Tensor | None = None):
         self.problem, self.rows = problem, rows
         self.shape = tile_shape(problem.hidden.device, filtered=order is not None)
-        self._buffers: list[Tensor | None] = [None, None]
+        self._buffers: list[Tensor | None] = [None, None, None]
         sets = rows.columns()
         self.set_row, self.set_column = (None, None) if sets is None else sets
         self.order = order
+        self._sets: dict[tuple[int, int], tuple[Tensor, Tensor, list[int]]] = {}
         self._targets: dict[tuple[int, int], tuple[Tensor, Tensor, list[int]]] = {}
         self.target = None if problem.target is None else self.rows.take(problem.target)
         if order is not None and self.target is not None:
@@ -114,13 +115,13 @@ class Tiles:
             out.mul_(problem.scale)
         return out if problem.softcap is None else out.div_(problem.softcap).tanh_().mul_(problem.softcap)
 
-    def scratch(self, like: Tensor) -> Tensor:
-        """A second buffer of a tile's shape, valid until the next call."""
-        return self._buffer(1, *like.shape)
+    def scratch(self, like: Tensor, which: int = 1) -> Tensor:
+        """A second buffer (`which` 1) of a tile's shape or a third (2), valid until the next call."""
+        return self._buffer(which, *like.shape)
 
     def release(self) -> None:
         """Give the buffers' memory back."""
-        self._buffers = [None, None]
+        self._buffers = [None, None, None]
 
     def _buffer(self, which: int, height: int, width: int) -> Tensor:
         # Made when first needed: a backward that replays what the forward saved never forms a tile.
@@ -137,19 +138,32 @@ class Tiles:
         if found is None:
             assert self.target is not None
             position, row = self.target[first:last].sort()
-            edges = torch.arange(0, self.problem.vocabulary + self.shape[1], self.shape[1], device=position.device)
-            found = position, row, torch.searchsorted(position, edges).tolist()
-            self._targets[first, last] = found
+            found = self._targets[first, last] = position, row, self._edges(position)
+        return self._inside(found, start)
+
+    def set_in(self, first: int, last: int, start: int) -> tuple[Tensor, Tensor]:
+        """The entries of the rows' column sets in the tile from class `start` on, as (row, column) within it."""
+        found = self._sets.get((first, last))
+        if found is None:
+            assert self.set_row is not None and self.set_column is not None
+            bounds = torch.tensor([first, last], device=self.set_row.device)
+            begin, end = torch.searchsorted(self.set_row, bounds).tolist()
+            position, order = self.set_column[begin:end].sort()
+            found = self._sets[first, last] = position, self.set_row[begin:end][order] - first, self._edges(position)
+        return self._inside(found, start)
+
+    def _edges(self, position: Tensor) -> list[int]:
+        """Where each block of classes begins among sorted class positions, and where the last one ends."""
+        edges = torch.arange(0, self.problem.vocabulary + self.shape[1], self.shape[1], device=position.device)
+        return torch.searchsorted(position, edges).tolist()
+
+    def _inside(self, found: tuple[Tensor, Tensor, list[int]], start: int) -> tuple[Tensor, Tensor]:
         position, row, edges = found
         begin, end = edges[start // self.shape[1]], edges[start // self.shape[1] + 1]
         return row[begin:end], position[begin:end] - start
 
-    def set_in(self, first: int, last: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The entries of the rows' column sets inside a tile, as (row, column) within it."""
-        assert self.set_row is not None and self.set_column is not None
-        inside = (self.set_row >= first) & (self.set_row < last)
-        inside &= (self.set_column >= start) & (self.set_column < stop)
-        return self.set_row[inside] - first, self.set_column[inside] - start
+
+_OF_SOFTMAX = {"lse", "entropy", "expectation", "max", "argmax"}
 
 
 class Running:
@@ -159,6 +173,7 @@ class Running:
         self.tiles, self.first, self.last = tiles, first, last
         problem = tiles.problem
         self.names = problem.names
+        self.softmax_wanted = bool(_OF_SOFTMAX & set(self.names))
         count = last - first
         new = torch.zeros(count, dtype=problem.accumulate_dtype, device=problem.hidden.device)
         self.shift = torch.full_like(new, float("-inf"))
@@ -173,11 +188,24 @@ class Running:
             self.moment = new.new_zeros(count, problem.values.shape[1])
 
     def update(self, logits: Tensor, exponentials: Tensor, start: int) -> Tensor:
-        """Take in a tile's logits (n, c) and leave `exp(logits - shift)` in `exponentials`.
+        """Take in a tile's logits (n, c) and leave `exp(logits - shift)` in `exponentials` if a statistic needs them.
 
         Returns the factor (n,) from the shift before to this one.
         """
         problem, stop = self.tiles.problem, start + logits.shape[1]
+        rescale = self._update_softmax(logits, exponentials, start) if self.softmax_wanted else self.total
+        if problem.target is not None:
+            self._update_target(logits, start, stop)
+        if "mean" in self.names or "variance" in self.names:
+            self._update_moments(logits, start, stop)
+        if "complement_lse" in self.names:
+            self._update_complement(logits, start)
+        if "pointwise_sum" in self.names:
+            assert problem.pointwise is not None
+            self.pointwise += SUMMANDS[problem.pointwise].value(logits, *problem.pointwise_parameters).sum(1)
+        return rescale
+
+    def _update_softmax(self, logits: Tensor, exponentials: Tensor, start: int) -> Tensor:
         if "argmax" in self.names:
             largest, position = logits.max(1)
             self.argmax = torch.where(largest > self.shift, position + start, self.argmax)
@@ -196,17 +224,10 @@ class Running:
             relative = (logits - base[:, None]).clamp_(min=RULED_OUT)
             self.weighted = (self.weighted + moved * before) * rescale + (exponentials * relative).sum(1)
         if self.moment is not None:
-            assert problem.values is not None
-            self.moment = self.moment * rescale[:, None] + exponentials @ problem.values[start:stop].to(logits.dtype)
-        if problem.target is not None:
-            self._update_target(logits, start, stop)
-        if "mean" in self.names or "variance" in self.names:
-            self._update_moments(logits, start, stop)
-        if "complement_lse" in self.names:
-            self._update_complement(logits, start, stop)
-        if "pointwise_sum" in self.names:
-            assert problem.pointwise is not None
-            self.pointwise += SUMMANDS[problem.pointwise].value(logits, *problem.pointwise_parameters).sum(1)
+            values = self.tiles.problem.values
+            assert values is not None
+            in_tile = values[start : start + logits.shape[1]].to(logits.dtype)
+            self.moment = self.moment * rescale[:, None] + exponentials @ in_tile
         return rescale
 
     def _update_target(self, logits: Tensor, start: int, stop: int) -> None:
@@ -231,15 +252,17 @@ class Running:
         self.mean = self.mean + difference * (count / together)
         self.seen = together
 
-    def _update_complement(self, logits: Tensor, start: int, stop: int) -> None:
-        row, column = self.tiles.set_in(self.first, self.last, start, stop)
-        masked = logits.clone()
-        masked[row, column] = float("-inf")
+    def _update_complement(self, logits: Tensor, start: int) -> None:
+        # Put back below: a copy of the tile would cost more than the few entries.
+        place = self.tiles.set_in(self.first, self.last, start)
+        inside = logits[place]
+        logits[place] = float("-inf")
         shift, total = self.complement
-        new_shift = torch.maximum(shift, masked.amax(1))
+        new_shift = torch.maximum(shift, logits.amax(1))
         base = new_shift.clamp(min=torch.finfo(shift.dtype).min)
-        total = total * (shift - base).exp() + masked.sub_(base[:, None]).exp_().sum(1)
-        self.complement = (new_shift, total)
+        exponentials = torch.sub(logits, base[:, None], out=self.tiles.scratch(logits, 2)).exp_()
+        self.complement = (new_shift, total * (shift - base).exp() + exponentials.sum(1))
+        logits[place] = inside
 
     def results(self) -> dict[str, Tensor]:
         """Everything that was taken in, whether asked for or needed by the gradient: statistic -> (n,)."""

@@ -1,6 +1,7 @@
 """Heads: what stands between the hidden states and the classes.
 
-`"linear"` is the projection that a model comes with; every other head takes its place.
+`"linear"` is the projection that a model comes with; every other head takes its place. `SphericalHead` is a module of
+its own, with its own update.
 """
 
 import inspect
@@ -60,14 +61,15 @@ def read_options(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any
     Raises ValueError for an unknown option and for one that has to be given and is not, and what the config raises.
     """
     entry = _REGISTRY[name]
-    known = [field.name for field in fields(entry.config) if field.init]
+    settable = [field for field in fields(entry.config) if field.init]
+    known = [field.name for field in settable]
     unknown = [option for option in options if option not in (*known, *entry.start_options)]
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(unknown)} for head {name!r}; known are "
             f"{', '.join((*known, *entry.start_options))}"
         )
-    required = [field.name for field in fields(entry.config) if field.default is MISSING]
+    required = [field.name for field in settable if field.default is MISSING and field.default_factory is MISSING]
     missing = [option for option in required if option not in options]
     if missing:
         raise ValueError(f"the head {name!r} needs the option {', '.join(missing)}")
@@ -75,4 +77,9 @@ def read_options(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any
     return config, {key: value for key, value in options.items() if key in entry.start_options}
 
 
-from xhead.heads import vq  # noqa: E402, F401  registers itself
+from xhead.heads import fourier_vocabulary, vq  # noqa: E402, F401  register themselves
+from xhead.heads.fourier import FourierHead  # noqa: E402
+from xhead.heads.fourier_density import FourierDensity  # noqa: E402
+from xhead.heads.spherical.head import SphericalHead  # noqa: E402
+
+__all__ = ["FourierDensity", "FourierHead", "Head", "SphericalHead", "list_heads", "register_head"]

@@ -151,13 +151,17 @@ from xhead.losses import (  # noqa: E402  register themselves
     cross_entropy,  # noqa: F401
     distillation,  # noqa: F401
     ldr,  # noqa: F401
+    mann_whitney,  # noqa: F401
     margins,  # noqa: F401
     moments,  # noqa: F401
     multilabel,  # noqa: F401
+    multilabel_softmax,  # noqa: F401
     number_level,  # noqa: F401
     number_tokens,  # noqa: F401
     pairs,  # noqa: F401
     probability,  # noqa: F401
     robust,  # noqa: F401
+    soft_topk,  # noqa: F401
+    spherical,  # noqa: F401
     stablemax,  # noqa: F401
 )

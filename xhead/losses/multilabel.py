@@ -5,7 +5,7 @@ The sum over all classes as if each were wrong is one statistic; the few right c
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,11 +96,42 @@ def _binary_rows(
     if labels.layout == torch.strided and labels.ndim == 1:
         s = logits.statistics("pointwise_sum", "target", target=labels, **options)
         return s.pointwise_sum + correction(s.target)
+    sets = label_sets(labels, logits)
+    s = logits.statistics("pointwise_sum", "column_logits", columns=sets.labels, **options)
+    return s.pointwise_sum.index_add(0, sets.row, correction(s.column_logits))
+
+
+class LabelSets(NamedTuple):
+    """The right classes of each row: E pairs of a row and a class, by row and then by class, none twice."""
+
+    labels: Tensor  # (n, K) or sparse CSR (n, V): the argument `columns` of the statistics
+    row: Tensor  # (E,)
+    column: Tensor  # (E,)
+    count: Tensor  # (n,) right classes a row
+
+
+def label_sets(labels: Tensor, logits: Any) -> LabelSets:
+    """Labels in any of their forms, of `logits` (n, V), as pairs; errors as `sigmoid_rows`.
+
+    labels: (n,); (n, K), -1 for none; or sparse CSR (n, V)
+    """
+    if labels.layout == torch.strided and labels.ndim == 1:
+        labels = labels[:, None]
     _check_labels(labels, logits.shape)
-    offsets, column = compressed_columns(labels.to(logits.device), logits.shape[:-1], logits.shape[-1])
-    total = logits.statistics("pointwise_sum", **options).pointwise_sum
-    row = column_rows(offsets)
-    return total.index_add(0, row, correction(logits[row].statistics("target", target=column).target))
+    labels = labels.to(logits.device)
+    offsets, column = compressed_columns(labels, logits.shape[:-1], logits.shape[-1])
+    return LabelSets(labels, column_rows(offsets), column, offsets.diff())
+
+
+def target_logits(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each right class once: its row, its place among the row's, and its logit, (E,) each.
+
+    logits: LazyLogits (n, V); labels and errors: see `label_sets`.
+    """
+    sets = label_sets(labels, logits)
+    starts = sets.count.cumsum(0) - sets.count
+    position = torch.arange(sets.row.shape[0], device=sets.row.device) - starts[sets.row]
+    return sets.row, position, logits.statistics("column_logits", columns=sets.labels).column_logits
 
 
 def _check_labels(labels: Tensor, shape: torch.Size) -> None:

@@ -115,7 +115,7 @@ class MeanAbsoluteErrorConfig(FilterConfig):
 @register(
     "mae",
     MeanAbsoluteErrorConfig,
-    formula="sum_k \\|p_k - 1[k = y]\\| = 2 (1 - p_y)",
+    formula="sum_k |p_k - 1[k = y]| = 2 (1 - p_y)",
     statistics=("lse", "target"),
     source="arXiv 1712.09482",
 )

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from xhead import pointwise
 from xhead.lazy import LazyLogits
 from xhead.losses import register
 from xhead.losses.config import FilterConfig, check_number
-from xhead.losses.probability import focused, target_missing
+from xhead.losses.probability import focused, target_cross_entropy, target_missing
+from xhead.losses.tempered import RowScaled
+from xhead.losses.vectors import in_row_blocks
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,17 @@ def reverse_cross_entropy_rows(logits: Any, labels: Tensor, config: ReverseCross
     return -math.log(config.label_floor) * target_missing(statistics.lse - statistics.target)
 
 
-_ACTIVE, _PASSIVE = ("ce", "nce", "focal"), ("mae", "rce")
+_ACTIVE, _PASSIVE = ("ce", "nce", "focal", "nfl"), ("mae", "nmae", "rce", "nrce")
 
 
 @dataclass(frozen=True)
 class ActivePassiveConfig(FilterConfig):
-    """Options of `"apl"`: weights alpha and beta (at least 0) of the active part, `"ce"`, `"nce"` or `"focal"` (with
-    gamma), and of the passive part, `"mae"` or `"rce"` (with label_floor)."""
+    """Options of `"apl"`: weights alpha and beta (at least 0) of the active part, `"ce"`, `"nce"`, `"focal"` or `"nfl"`
+    (the last two with gamma), and of the passive part, `"mae"`, `"nmae"`, `"rce"` (with label_floor) or `"nrce"`.
+
+    An n in front stands for normalised: divided by the sum of the same loss over all labels that the row could have.
+    Of mae and rce that sum is a number, and what is left of both is `(1 - p_y) / (V - 1)`.
+    """
 
     alpha: float = 1.0
     beta: float = 1.0
@@ -89,24 +97,59 @@ class ActivePassiveConfig(FilterConfig):
 @register(
     "apl",
     ActivePassiveConfig,
-    formula="alpha active + beta passive, active of ce, nce, focal, passive of mae, rce",
+    formula="alpha active + beta passive, active of ce, nce, focal, nfl, passive of mae, nmae, rce, nrce",
     statistics=("lse", "target", "mean"),
     source="arXiv 2006.13554",
 )
 def active_passive_rows(logits: Any, labels: Tensor, config: ActivePassiveConfig) -> Tensor:
     """`alpha active + beta passive`: one that raises the target alone, and one that also lowers another class.
 
-    logits: LazyLogits (n, V), labels: (n,) -> (n,). Raises ValueError for `active="nce"` where V is 1.
+    The normalised focal loss is `f(p_y) / sum_k f(p_k)` with `f(p) = -(1 - p)^gamma log p`, whose focusing weights are
+    differentiated too. It is no function of statistics: its logits are built for blocks of rows, and again in the
+    backward.
+
+    logits: LazyLogits (n, V), labels: (n,) -> (n,). Raises ValueError for a normalised part where V is 1.
     """
+    classes = logits.shape[-1]
+    if classes == 1 and (config.active.startswith("n") or config.passive.startswith("n")):
+        raise ValueError(_ONE_CLASS)
     if config.active == "nce":
         cross_entropy, spread = _cross_entropy_and_spread(logits, labels, config)
-        active = _normalized(cross_entropy, spread, logits.shape[-1])
+        active = _normalized(cross_entropy, spread, classes)
+    elif config.active == "nfl":
+        cross_entropy, active = _cross_entropy_and_normalized_focal(logits, labels, config.gamma)
     else:
-        statistics = logits.statistics("lse", "target", target=labels, **config.statistics_options())
-        cross_entropy = statistics.lse - statistics.target
+        cross_entropy = target_cross_entropy(logits, labels, config)
         active = cross_entropy if config.active == "ce" else focused(cross_entropy, config.gamma)
-    factor = 2.0 if config.passive == "mae" else -math.log(config.label_floor)
+    factor = {"mae": 2.0, "rce": -math.log(config.label_floor)}.get(config.passive, 1 / max(classes - 1, 1))
     return config.alpha * active + config.beta * factor * target_missing(cross_entropy)
+
+
+def _cross_entropy_and_normalized_focal(logits: Any, labels: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """`-log p_y` and `f(p_y) / sum_k f(p_k)`, each (n,)."""
+
+    def rows(bound: LazyLogits) -> Tensor:
+        hidden, factors = bound._terms[0].hidden, bound._factors()
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        steps = tuple(step for step in bound._steps if step[0] != "cast")
+
+        def block(hidden: Tensor, labels: Tensor) -> Tensor:
+            bias = None if factors.bias is None else factors.bias.to(dtype)
+            o = pointwise.replay(steps, F.linear(hidden.to(dtype), factors.weight.to(dtype), bias))
+            cross_entropy = -o.log_softmax(-1)
+            focal = focused(cross_entropy, gamma)
+            own = labels[:, None]
+            share = focal.gather(1, own) / focal.sum(-1, keepdim=True)
+            return torch.cat([cross_entropy.gather(1, own), share], 1)
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            return in_row_blocks(block, (hidden, labels), _NUMBERS_A_LOGIT * factors.weight.shape[0])
+
+    cross_entropy, share = logits.evaluate(rows).unbind(1)
+    return cross_entropy, share
+
+
+_NUMBERS_A_LOGIT = 4  # of the tensors that a block's focal loss and its gradient hold at a time
 
 
 def _cross_entropy_and_spread(logits: Any, labels: Tensor, config: FilterConfig) -> tuple[Tensor, Tensor]:
@@ -117,8 +160,11 @@ def _cross_entropy_and_spread(logits: Any, labels: Tensor, config: FilterConfig)
 
 def _normalized(cross_entropy: Tensor, spread: Tensor, classes: int) -> Tensor:
     if classes == 1:
-        raise ValueError("normalised cross-entropy needs two classes or more, got logits of 1 class; use another loss")
+        raise ValueError(_ONE_CLASS)
     return cross_entropy / (classes * spread)
+
+
+_ONE_CLASS = "a normalised loss needs two classes or more, got logits of 1 class; use another loss"
 
 
 def _check_floor(label_floor: float) -> None:
@@ -149,7 +195,7 @@ class LogitClipConfig(FilterConfig):
 @register(
     "logit_clip",
     LogitClipConfig,
-    formula="-log p_y of o min(1, max_norm / \\|\\|o\\|\\|_2)",
+    formula="-log p_y of o min(1, max_norm / ||o||_2)",
     statistics=("mean", "variance", "lse", "target"),
     source="arXiv 2212.04055",
 )
@@ -168,22 +214,11 @@ def logit_clip_rows(logits: Any, labels: Tensor, config: LogitClipConfig) -> Ten
 
 def _clipped_rows(logits: LazyLogits, labels: Tensor, config: LogitClipConfig) -> Tensor:
     assert config.max_norm is not None
-    canonical = logits._at_hand()
-    if canonical.softcap is not None:
-        raise ValueError(
-            f"logit_clip needs logits that are linear in the hidden states, got softcap={canonical.softcap}, which "
-            "bounds them already; turn the model's softcap off, or use another loss"
-        )
+    scaled = RowScaled(logits, "logit_clip")
     moments = logits.statistics("mean", "variance", engine=config.engine)
     assert moments.mean is not None and moments.variance is not None
     square = logits.shape[-1] * (moments.variance + moments.mean.square())
-    factor = config.max_norm * square.clamp(min=config.max_norm**2).rsqrt()
-    hidden, weight = canonical.hidden * factor[..., None].to(canonical.hidden.dtype), logits.weight
-    if canonical.bias is not None:
-        hidden = torch.cat([hidden, factor[..., None].to(hidden.dtype)], -1)
-        weight = torch.cat([weight, canonical.bias[:, None].to(weight.dtype)], 1)
-    clipped = LazyLogits(hidden, weight, scale=canonical.scale)
-    clipped._row_mask = logits._row_mask
+    clipped = scaled.times(config.max_norm * square.clamp(min=config.max_norm**2).rsqrt())
     statistics = clipped.statistics("lse", "target", target=labels, **config.statistics_options())
     assert statistics.lse is not None and statistics.target is not None
     return statistics.lse - statistics.target

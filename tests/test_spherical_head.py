@@ -1,0 +1,368 @@
+"""The spherical head's steps are those of plain SGD on a dense weight, to rounding."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tests.dense import relative_error
+from tests.spherical_definitions import MEMBERS, target_matrix
+from xhead.heads import SphericalHead
+from xhead.losses.spherical_family import spherical_loss
+
+CLASSES, SIZE = 997, 17
+RATES = {"mse": 0.003, "zloss": 2.0, "log_taylor": 0.5, "log_spherical": 0.02}
+members = pytest.mark.parametrize(("name", "options", "definition"), MEMBERS)
+
+
+class Dense:
+    """The same head with a dense weight, autograd and torch's SGD."""
+
+    def __init__(self, head, definition, options, **rates):
+        self.weight = head.dense().double().requires_grad_()
+        self.definition, self.options = definition, options
+        self.optimizer = torch.optim.SGD([self.weight], **rates)
+
+    def rows(self, hidden, classes, values=None):
+        return self.definition(hidden @ self.weight.T, target_matrix(classes, CLASSES, values), **self.options)
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def make(name="zloss", options=None, classes=CLASSES, size=SIZE, dtype=torch.float64, **more):
+    weight = 0.3 * torch.randn(classes, size, dtype=torch.float64) + 0.2
+    return SphericalHead(size, classes, name, weight=weight, dtype=dtype, **(options or {}), **more)
+
+
+def batch(rows, targets=1, ignored=False):
+    """Hidden states, and classes of which half are those of other rows, one twice in a row."""
+    hidden = torch.randn(rows, SIZE, dtype=torch.float64)
+    classes = torch.randint(CLASSES, (rows, targets))
+    classes[rows // 2 :] = classes[: rows - rows // 2].clone()
+    if targets > 1:
+        classes[0, 1] = classes[0, 0]
+    if ignored:
+        classes[-1] = -100
+        classes[0, -1] = -100
+    return hidden.requires_grad_(), classes
+
+
+@members
+@pytest.mark.parametrize("rows", [1, 13, 40])
+@pytest.mark.parametrize("targets", [1, 3])
+def test_sixty_steps(name, options, definition, rows, targets):
+    head = make(name, options, stabilise_every=5)
+    rates = {"lr": RATES[name], "weight_decay": 0.1}
+    dense = Dense(head, definition, options, **rates)
+    for step in range(60):
+        hidden, classes = batch(rows, targets, ignored=step % 7 == 3 and rows > 1)
+        mine, true = hidden.detach().clone().requires_grad_(), hidden
+        ours = head(mine, classes, reduction="none")
+        kept = (classes != -100).any(1)
+        expected = torch.where(kept, dense.rows(true, classes), 0.0)
+        assert relative_error(ours, expected) < 1e-12
+        upstream = torch.rand(rows, dtype=torch.float64)
+        (ours * upstream).sum().backward()
+        (expected * upstream).sum().backward()
+        assert relative_error(mine.grad, true.grad) < 1e-10
+        assert head.grad_norm() == pytest.approx(float(dense.weight.grad.norm()), rel=1e-10)
+        factor = 1.0 - 0.5 * (step % 3)  # a schedule
+        dense.optimizer.param_groups[0]["lr"] = rates["lr"] * factor
+        head.step(rates["lr"] * factor, rates["weight_decay"])
+        dense.step()
+        assert relative_error(head.dense(), dense.weight) < 1e-10
+    weight = dense.weight.detach()
+    scale = weight.norm() / CLASSES**0.5
+    assert (head.weight.mean_row - weight.mean(0)).norm() < 1e-10 * scale
+    assert relative_error(head.weight.covariance, torch.cov(weight.T, correction=0)) < 1e-10
+    assert relative_error(head.weight.mixing @ head.weight.inverse, torch.eye(SIZE)) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("name", RATES)
+def test_values_and_sparse_labels(name):
+    options, definition = next((options, each) for other, options, each in MEMBERS if other == name)
+    head = make(name, options)
+    dense = Dense(head, definition, options, lr=RATES[name])
+    hidden, classes = batch(9, 4)
+    values = torch.rand(9, 4, dtype=torch.float64) - 0.2
+    matrix = target_matrix(classes, CLASSES, values)
+    expected = dense.rows(hidden, classes, values)
+    for labels, given in ((classes, values), (matrix.to_sparse_csr(), None)):
+        assert relative_error(head(hidden, labels, values=given, reduction="none"), expected) < 1e-12
+    loss = head(hidden.detach(), matrix.to_sparse_csr(), reduction="sum")
+    loss.backward()
+    expected.sum().backward()
+    head.step(RATES[name])
+    dense.step()
+    assert relative_error(head.dense(), dense.weight) < 1e-12
+
+
+@pytest.mark.parametrize("bias", [1.0, 0.1])
+def test_bias_is_a_constant_feature(bias):
+    linear = nn.Linear(SIZE, CLASSES, dtype=torch.float64)
+    head = SphericalHead.from_linear(linear, "log_taylor", bias=bias)
+    assert torch.allclose(head.to_linear().weight, linear.weight)
+    assert torch.allclose(head.to_linear().bias, linear.bias)
+    hidden, classes = batch(8)
+    assert torch.allclose(head(hidden), linear(hidden))
+    loss = spherical_loss("log_taylor")
+    for _ in range(5):
+        optimizer = torch.optim.SGD([{"params": [linear.weight]}, {"params": [linear.bias], "lr": 0.3 * bias**2}], 0.3)
+        scores = linear(hidden)
+        stats = scores.mean(1), scores.var(1, correction=0), scores.gather(1, classes)
+        optimizer.zero_grad()
+        loss.rows(*stats, CLASSES).mean().backward()
+        optimizer.step()
+        head(hidden, classes).backward()
+        head.step(0.3)
+    assert relative_error(head.to_linear().weight, linear.weight) < 1e-12
+    assert relative_error(head.to_linear().bias, linear.bias) < 1e-12
+    plain = SphericalHead.from_linear(nn.Linear(SIZE, CLASSES, bias=False), "mse")
+    assert plain.bias == 0.0 and plain.to_linear().bias is None
+
+
+def test_scores_are_those_of_the_dense_weight_with_a_gradient():
+    head = make()
+    hidden, classes = batch(8)
+    head(hidden, classes).backward()
+    head.step(1.0)
+    hidden = hidden.detach().reshape(2, 4, SIZE).requires_grad_()
+    scores = head(hidden)
+    assert scores.shape == (2, 4, CLASSES)
+    assert torch.allclose(scores, hidden @ head.dense().T)
+    assert torch.allclose(torch.autograd.grad(scores.sum(), hidden)[0], head.dense().sum(0).expand(2, 4, SIZE))
+
+
+@pytest.mark.parametrize("rows", [5, 30])
+def test_micro_batches_make_one_step(rows):
+    whole, split = make("zloss"), make("zloss")
+    split.load_state_dict(whole.state_dict())
+    batches = [batch(rows, targets) for targets in (1, 3, 2)]
+    for hidden, classes in batches:
+        (split(hidden, classes, reduction="sum") / 7).backward()
+    joined = torch.cat([hidden for hidden, _ in batches]).detach()
+    padded = torch.cat([nn.functional.pad(classes, (0, 3 - classes.shape[1]), value=-100) for _, classes in batches])
+    whole(joined, padded, num_items_in_batch=7).backward()
+    assert relative_error(split.grad_norm(), whole.grad_norm()) < 1e-12
+    for head in (whole, split):
+        head.step(3.0, 0.01)
+    assert relative_error(split.dense(), whole.dense()) < 1e-12
+
+
+def test_two_uses_in_one_loss():
+    head = make("mse")
+    dense = Dense(head, MEMBERS[0][2], {}, lr=1e-3)
+    first, second = batch(4), batch(6)
+    (head(*first) + 2 * head(*second)).backward()
+    (dense.rows(*first).mean() + 2 * dense.rows(*second).mean()).backward()
+    assert relative_error(head.grad_norm(), dense.weight.grad.norm()) < 1e-12
+    head.step(1e-3)
+    dense.step()
+    assert relative_error(head.dense(), dense.weight) < 1e-12
+
+
+def test_gradients_that_are_not_the_heads():
+    """`autograd.grad` for hidden states, no_grad, zero_grad and a frozen head leave nothing for the step."""
+    head = make()
+    before = head.dense()
+    hidden, classes = batch(8)
+    torch.autograd.grad(head(hidden, classes), hidden)
+    with torch.no_grad():
+        assert not head(hidden, classes).requires_grad
+    head.step(1.0)
+    assert torch.equal(head.dense(), before) and head.grad_norm() == 0
+    for to_none in (True, False):
+        head(hidden, classes).backward()
+        head.zero_grad(set_to_none=to_none)
+        head.step(1.0)
+        assert torch.equal(head.dense(), before)
+    head.requires_grad_(False)
+    head(hidden, classes).backward()
+    head.step(1.0)
+    assert torch.equal(head.dense(), before)
+    assert not head(hidden.detach(), classes).requires_grad
+
+
+def test_the_gradient_after_zero_grad_is_the_new_one_alone():
+    head = make()
+    first, second = batch(4), batch(6)
+    head(*first).backward()
+    head.zero_grad()
+    head(*second).backward()
+    norm = head.grad_norm()
+    head.zero_grad()
+    head(*second).backward()
+    assert head.grad_norm() == norm
+
+
+def test_clipping_by_the_global_norm_is_torchs():
+    head = make("mse")
+    body = nn.Linear(5, SIZE, dtype=torch.float64)
+    plain_body = copy.deepcopy(body)
+    dense = Dense(head, MEMBERS[0][2], {}, lr=1e-3)
+    features, classes = torch.randn(8, 5, dtype=torch.float64), batch(8)[1]
+    head(body(features), classes).backward()
+    dense.rows(plain_body(features), classes).mean().backward()
+    norms = [
+        nn.utils.clip_grad_norm_(parameters, 0.5)
+        for parameters in ([*body.parameters(), *head.parameters()], [*plain_body.parameters(), dense.weight])
+    ]
+    assert relative_error(*norms) < 1e-12
+    assert relative_error(head.grad_norm(), dense.weight.grad.norm()) < 1e-6
+    head.scale_gradient(0.25)
+    dense.weight.grad.mul_(0.25)
+    head.step(1e-2)
+    dense.optimizer.param_groups[0]["lr"] = 1e-2
+    dense.step()
+    assert relative_error(head.dense(), dense.weight) < 1e-12
+
+
+def test_clipped_micro_batches_stay_clipped():
+    head = make("mse")
+    dense = Dense(head, MEMBERS[0][2], {}, lr=1e-3)
+    first, second = batch(4), batch(6)
+    for part, factor in ((first, 0.5), (second, 1.0)):
+        head(*part).backward()
+        dense.rows(*part).mean().backward()
+        head.scale_gradient(factor)
+        dense.weight.grad.mul_(factor)
+    head.step(1e-3)
+    dense.step()
+    assert relative_error(head.dense(), dense.weight) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reload_goes_on_bit_for_bit(dtype, tmp_path):
+    head = make(dtype=dtype, stabilise_every=4)
+    batches = [batch(8) for _ in range(12)]
+
+    def train(head, batches):
+        for hidden, classes in batches:
+            head(hidden, classes).backward()
+            head.step(5.0, 1e-3)
+            head.zero_grad()
+
+    train(head, batches[:6])
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    others = [make(dtype=dtype, stabilise_every=4), make(dtype=dtype, stabilise_every=4)]
+    others[0].load_state_dict(torch.load(tmp_path / "head.pt"))
+    others[1].load_state_dict(torch.load(tmp_path / "head.pt"), assign=True)
+    others += [copy.deepcopy(head), pickle.loads(pickle.dumps(head))]
+    for each in (head, *others):
+        train(each, batches[6:])
+    for other in others:
+        for name, value in head.state_dict().items():
+            assert torch.equal(value.nan_to_num(), other.state_dict()[name].nan_to_num()), name
+
+
+def test_a_checkpoint_of_other_sizes_changes_nothing():
+    head, other = make(), make(classes=CLASSES + 1)
+    hidden, classes = batch(8)
+    head(hidden, classes).backward()
+    head.step(1.0)
+    before = copy.deepcopy(head.state_dict())
+    with pytest.raises(RuntimeError, match=r"factor is \(998, 17\) in the checkpoint, \(997, 17\) here.*Nothing"):
+        head.load_state_dict(other.state_dict())
+    for name, value in head.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_nothing_counts():
+    head = make()
+    before = head.dense()
+    hidden, classes = batch(4)
+    for labels in (torch.full_like(classes, -100), torch.full((4, 2), -100), classes[:, :0]):
+        loss = head(hidden, labels)
+        loss.backward()
+        assert loss == 0 and not hidden.grad.any() and head.grad_norm() == 0
+    empty = head(hidden[:0], classes[:0], reduction="none")
+    assert empty.shape == (0,)
+    empty.sum().backward()
+    head.step(1.0)
+    assert torch.equal(head.dense(), before)
+
+
+def test_half_precision_around_the_head():
+    head = make(dtype=torch.float32)
+    hidden, classes = batch(8)
+    exact = head(hidden.detach(), classes)
+    half = hidden.detach().bfloat16().requires_grad_()
+    loss = head(half, classes)
+    loss.backward()
+    assert loss.dtype == torch.float32 and half.grad.dtype == torch.bfloat16
+    assert abs(loss - exact) < 1e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(hidden.detach(), classes), exact)
+        head.step(1.0)
+    with pytest.raises(RuntimeError, match=r"must stay float32 or float64, got torch.bfloat16: call head.float\(\)"):
+        copy.deepcopy(head).bfloat16()(hidden, classes)
+
+
+BAD_HEADS = [
+    ({"out_features": 16}, "at least as many classes as features, got 16 classes and 17 features"),
+    ({"out_features": 17, "bias": True}, "got 17 classes and 18 features"),
+    ({"loss": "softmax"}, "unknown spherical loss 'softmax'; known are log_spherical, log_taylor, mse, zloss"),
+    ({"loss": "mse", "margin": 1.0}, "unknown option margin for spherical loss 'mse'"),
+    ({"loss": spherical_loss("mse"), "margin": 1.0}, "options margin go with a loss named by a string"),
+    ({"weight": torch.randn(20, 17)}, r"weight must be \(40, 17\) \(classes, features\), got \(20, 17\)"),
+    ({"stabilise_every": 0}, "stabilise_every must be at least 1, got 0"),
+    ({"refresh_every": 0}, "refresh_every must be at least 1, got 0"),
+    ({"bias": float("nan")}, "bias must be True, False or the finite size"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_HEADS, ids=[str(next(iter(each))) for each, _ in BAD_HEADS])
+def test_wrong_heads(options, message):
+    with pytest.raises(ValueError, match=message):
+        SphericalHead(**{"in_features": 17, "out_features": 40, **options})
+
+
+def test_wrong_types_of_heads():
+    with pytest.raises(TypeError, match="must be float32 or float64, got torch.bfloat16"):
+        SphericalHead(17, 40, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="loss must be a name or a SphericalLoss"):
+        SphericalHead(17, 40, max)
+    with pytest.raises(ValueError, match="bias=0.0 does not go with a linear layer with a bias"):
+        SphericalHead.from_linear(nn.Linear(17, 40), bias=False)
+
+
+WRONG_CALLS = [
+    ({"labels": torch.tensor([0, 40])}, IndexError, "label 40 is out of bounds: classes are 0 to 39"),
+    ({"labels": torch.tensor([[0], [-1]])}, IndexError, "label -1 is out of bounds"),
+    ({"labels": torch.tensor([0.0, 1.0])}, RuntimeError, "labels must be integers.*got torch.float32"),
+    ({"labels": torch.tensor([0, 1, 2])}, RuntimeError, r"labels must be \(2,\), one class a row, or \(2, 'K'\)"),
+    ({"hidden": torch.randn(2, 16)}, RuntimeError, r"hidden must be floating and \(..., 17\)"),
+    ({"hidden": torch.ones(2, 17).long()}, RuntimeError, "hidden must be floating"),
+    ({"values": torch.randn(3)}, RuntimeError, r"values must be floating numbers of shape \(2,\)"),
+    ({"reduction": "average"}, ValueError, "reduction must be one of mean, sum, none, got 'average'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG_CALLS)
+def test_wrong_calls_change_nothing(wrong, error, message):
+    head = SphericalHead(17, 40)
+    before = copy.deepcopy(head.state_dict())
+    arguments = {"hidden": torch.randn(2, 17), "labels": torch.tensor([0, 1]), **wrong}
+    with pytest.raises(error, match=message):
+        head(arguments.pop("hidden"), arguments.pop("labels"), **arguments)
+    head.step(1.0)
+    assert all(torch.equal(value.nan_to_num(), before[k].nan_to_num()) for k, value in head.state_dict().items())
+
+
+def test_a_loss_of_before_the_step():
+    head = make()
+    hidden, classes = batch(8)
+    first, second = head(hidden, classes), head(hidden, classes)
+    first.backward()
+    head.step(1.0)
+    with pytest.raises(RuntimeError, match="updated or loaded since this loss was computed"):
+        second.backward()
+    head(hidden, classes).backward()
+    head.weight.fold()
+    with pytest.raises(RuntimeError, match=r"state has changed since its gradient was computed: call zero_grad"):
+        head.step(1.0)

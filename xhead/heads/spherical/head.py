@@ -1,0 +1,278 @@
+"""`SphericalHead`: an output layer that trains at a cost without the number of classes in it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from xhead.heads.spherical.attachment import Attachment
+from xhead.heads.spherical.conditioning import apply_step
+from xhead.heads.spherical.factored import FactoredWeight
+from xhead.heads.spherical.gradient import Gradient
+from xhead.heads.spherical.prediction import Prediction
+from xhead.heads.spherical.rows import SphericalRows
+from xhead.heads.spherical.targets import parse_targets
+from xhead.losses.spherical_family import SphericalLoss, spherical_loss
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class SphericalHead(Prediction):
+    """Scores `o = W h` over V classes with a loss of the spherical family, in O(n D^2) a step for n rows.
+
+    The step is that of `torch.optim.SGD` without momentum on a dense W, exactly: W is kept as `F U + 1 omega'`, and
+    neither scores nor gradient are built. `loss = head(hidden, labels)` has a backward as any loss; the head's own
+    update is made by `optimizer.step()` after `head.attach(optimizer)`, or by `head.step(learning_rate)`.
+
+    Args:
+        in_features, out_features: D and V, with V at least D.
+        loss: `"mse"`, `"zloss"`, `"log_taylor"`, `"log_spherical"`, or a `SphericalLoss`.
+        bias: a constant feature appended to the hidden states, for which W has a column: True is 1; the size of the
+            constant scales that column's learning rate by its square. 0 or False: none.
+        weight: (V, D), or (V, D + 1) with the bias' column, to start from; by default uniform in +-1/sqrt(D).
+        stabilise_every: after at most how many steps the singular values of U are looked at, and U^-1 computed anew.
+        refresh_every: after how many steps mean and covariance of the rows are computed from W again, O(V D^2).
+        fold: a step whose factor `I - 2 lr H' diag(alpha) H` is nearly singular is made all the same, exactly, at
+            O(V D). False: it raises RuntimeError.
+        ignore_index: the label of what is no target. Rows without any target are left out.
+        dtype: float32 or float64; the state must stay in it, whatever the model around it is cast to.
+        options: the loss's: `sharpness`, `margin`, `eps`.
+
+    Raises:
+        ValueError: V below D, unknown losses or options, intervals below 1.
+        TypeError: another dtype.
+
+    Source: arXiv 1412.7091, arXiv 1606.08061; the Z-loss is arXiv 1604.08859. The losses' formulas are in
+    `xhead.losses.spherical_family`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        loss: str | SphericalLoss = "zloss",
+        *,
+        bias: bool | float = False,
+        weight: Tensor | None = None,
+        stabilise_every: int = 100,
+        refresh_every: int = 10_000,
+        fold: bool = True,
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("stabilise_every", stabilise_every), ("refresh_every", refresh_every)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not math.isfinite(bias):
+            raise ValueError(f"bias must be True, False or the finite size of the constant feature, got {bias}")
+        self.loss = _loss_of(loss, options)
+        self.in_features, self.out_features, self.bias = in_features, out_features, float(bias)
+        self.stabilise_every, self.refresh_every = stabilise_every, refresh_every
+        self.fold, self.ignore_index = fold, ignore_index
+        size = in_features + bool(bias)
+        if weight is None:
+            start = torch.empty(out_features, size, device=device, dtype=dtype)
+            nn.init.uniform_(start, -(in_features**-0.5), in_features**-0.5)
+            start[:, in_features:] = 0.0
+        elif weight.shape == (out_features, size):
+            start = weight.detach().clone().to(device=device, dtype=dtype)
+        else:
+            raise ValueError(f"weight must be {(out_features, size)} (classes, features), got {tuple(weight.shape)}")
+        self.weight = FactoredWeight(start)
+        self.proxy = nn.Parameter(torch.zeros(1, dtype=self.weight.core.dtype, device=self.weight.core.device))
+        self.register_buffer("inverse_temperature", torch.tensor(math.nan, dtype=torch.float64))
+        self._start()
+
+    def _start(self) -> None:
+        self.gradient = Gradient()
+        self._attachment: Attachment | None = None
+        self._watched: tuple[nn.Parameter, ...] = ()  # a bare one would count as a parameter of its own
+
+    def _watch(self) -> None:
+        # Loading with assign=True puts another parameter in the place of the one watched.
+        if not any(each is self.proxy for each in self._watched):
+            self._watched = (self.proxy,)
+            self.proxy.register_post_accumulate_grad_hook(lambda proxy: self.gradient.settle(self.weight, proxy))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have neither a gradient nor an optimiser."""
+        own = ("gradient", "_attachment", "_watched")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        self.gradient.forget()
+        if not self.weight.misfits(state_dict, prefix + "weight."):
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, loss: str | SphericalLoss = "zloss", **options: Any) -> SphericalHead:
+        """A head that starts from a linear layer's weight and bias; options as those of the class.
+
+        `bias=` is the size of the constant feature, 1 by default where the layer has a bias.
+        """
+        weight = linear.weight.detach()
+        size = float(options.pop("bias", linear.bias is not None))
+        if (linear.bias is not None) != bool(size):
+            raise ValueError(f"bias={size} does not go with a linear layer {'with' if not size else 'without'} a bias")
+        if linear.bias is not None:
+            weight = torch.cat([weight, linear.bias.detach()[:, None] / size], 1)
+        return cls(linear.in_features, linear.out_features, loss, bias=size, weight=weight, **options)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A plain linear layer with the same scores."""
+        weight = self.weight.dense()
+        linear = nn.Linear(self.in_features, self.out_features, bool(self.bias), weight.device, weight.dtype)
+        linear.weight.copy_(weight[:, : self.in_features])
+        if self.bias:
+            linear.bias.copy_(weight[:, -1] * self.bias)
+        return linear
+
+    def dense(self) -> Tensor:
+        """W, (V, D), or (V, D + 1) with the bias' column."""
+        return self.weight.dense()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias}, loss={self.loss}"
+
+    def forward(
+        self,
+        hidden: Tensor,  # (..., D)
+        labels: Tensor | None = None,  # (...), (..., K), or sparse CSR (N, V)
+        *,
+        values: Tensor | None = None,  # as labels
+        reduction: str = "mean",
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss; without labels the scores (..., V), as a linear layer, differentiable by `hidden` alone.
+
+        Args:
+            labels: classes, up to K a row; or a sparse CSR matrix of target values. `ignore_index` is no target.
+            values: floating values of the targets, 1 by default: y of the squared error, factors of the terms of the
+                others. Those of a class that a row names twice are added up.
+            reduction: `"mean"` over the rows that have targets (0 where there is none), `"sum"` or `"none"` (...).
+            num_items_in_batch: what the sum is divided by in place of the number of rows, as in transformers' losses.
+
+        Raises:
+            ValueError: an unknown reduction.
+            RuntimeError: shapes or dtypes that do not fit; a head cast to half precision.
+            IndexError: a label out of range.
+        """
+        features = self._features(hidden)
+        if labels is None:
+            return self._all_scores(features).reshape(*hidden.shape[:-1], self.out_features)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        targets = parse_targets(labels, values, hidden.shape[:-1], self.out_features, self.ignore_index, features.dtype)
+        if targets.kept is not None:
+            features = features[targets.kept]
+        self._watch()
+        with torch.autocast(features.device.type, enabled=False):
+            rows = SphericalRows.apply(features, self.proxy, self, targets)
+        assert rows is not None
+        if reduction == "none":
+            if targets.kept is not None:
+                rows = rows.new_zeros(targets.kept.shape).masked_scatter(targets.kept, rows)
+            return rows.reshape(hidden.shape[:-1])
+        total = rows.sum()
+        if num_items_in_batch is not None:
+            return total / num_items_in_batch
+        return total if reduction == "sum" else total / max(1, rows.numel())
+
+    def _features(self, hidden: Tensor) -> Tensor:
+        """Hidden states as rows (n, D) in the head's dtype, with the bias' constant."""
+        core = self.weight.core
+        if core.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(f"the head's state must stay float32 or float64, got {core.dtype}: call head.float()")
+        if hidden.ndim < 1 or hidden.shape[-1] != self.in_features or not hidden.is_floating_point():
+            raise RuntimeError(
+                f"hidden must be floating and (..., {self.in_features}), got {hidden.dtype} of shape "
+                f"{tuple(hidden.shape)}"
+            )
+        flat = hidden.reshape(-1, self.in_features).to(core.dtype)
+        return nn.functional.pad(flat, (0, 1), value=self.bias) if self.bias else flat
+
+    def _all_scores(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return (features @ self.weight.mixing.T) @ self.weight.factor.T + (features @ self.weight.offset)[:, None]
+
+    def attach(self, optimizer: Optimizer, *, rate_factor: float | None = None) -> None:
+        """From now on, each `optimizer.step()` updates the head too, by plain SGD.
+
+        The group that holds `head.proxy` (of `head.parameters()`) gives the learning rate, times `rate_factor`, and
+        the weight decay, as they are at that step. Steps that the optimiser does not make, under gradient accumulation
+        or with a gradient scaler, the head does not make either. accelerate's wrapper is looked through. A head that
+        was attached before is detached first.
+
+        Args:
+            rate_factor: the head's learning rate over the group's; 1 for plain SGD. For any other optimiser, whose
+                learning rate is not meant for SGD, it has to be given.
+
+        Raises ValueError: an optimiser that does not hold `proxy`, or does hold one of the factors; one that is no
+        plain SGD, without a `rate_factor`; one that maximises.
+        """
+        attachment = Attachment(self, optimizer, rate_factor)
+        self.detach()
+        self._attachment = attachment
+
+    def detach(self) -> None:
+        """Undo `attach`; nothing happens where there was none."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, weight_decay: float = 0.0) -> None:
+        """One step of plain SGD with the gradient gathered since the last one, which is then used up.
+
+        Raises ValueError for rates out of range and RuntimeError for a gradient that is not finite, a nearly singular
+        step without `fold`, or under data parallelism; the head is as it was.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+            if processes > 1:
+                raise RuntimeError(f"the spherical head trains in one process, got {processes}: it has no exchange yet")
+        step, scale = self.gradient.take(self.weight, self.proxy)
+        if step is not None:
+            with torch.autocast(self.proxy.device.type, enabled=False):
+                apply_step(
+                    self.weight,
+                    step,
+                    learning_rate,
+                    weight_decay,
+                    scale,
+                    stabilise_every=self.stabilise_every,
+                    refresh_every=self.refresh_every,
+                    fold=self.fold,
+                )
+        self.gradient.forget()
+
+    def grad_norm(self) -> Tensor:
+        """The Frobenius norm of the gradient of W, (); 0 where there is none."""
+        return self.proxy.new_zeros(()) if self.proxy.grad is None else self.proxy.grad.abs().sum()
+
+    def scale_gradient(self, factor: float) -> None:
+        """Multiply the gradient of W."""
+        if self.proxy.grad is not None:
+            self.proxy.grad.mul_(factor)
+
+
+def _loss_of(loss: str | SphericalLoss, options: dict[str, Any]) -> SphericalLoss:
+    if isinstance(loss, str):
+        return spherical_loss(loss, **options)
+    if not isinstance(loss, SphericalLoss):
+        raise TypeError(f"loss must be a name or a SphericalLoss, got {loss!r}")
+    if options:
+        raise ValueError(f"options {', '.join(options)} go with a loss named by a string; {loss!r} has its own")
+    return loss
