@@ -15,6 +15,7 @@ from benchmarks.filter_training import training_table as filter_training_table
 from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
 from benchmarks.report import RESULTS, markdown_table
+from benchmarks.vq import vq_table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -70,6 +71,12 @@ def filter_training() -> str:
     )
 
 
+def vq() -> str:
+    record = load("vq")
+    shape = ", ".join(f"{name} {size:,}" for name, size in record["shape"].items())
+    return f"{where(record)}. {shape}, float32.\n\n{vq_table(record['sizes'])}"
+
+
 def coverage() -> str:
     record = load("coverage")
     rows = [[kind, count] for kind, count in record["counts"].items()]
@@ -84,6 +91,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu.random": cpu_random,
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
+    "vq": vq,
     "coverage": coverage,
     "losses": loss_table,
 }

@@ -149,20 +149,24 @@ class VQHead(Head):
         weight = self.token_weight if self.config.token_bias == "frequency" else torch.ones_like(self.token_code)
         self.code_weight.zero_().index_add_(0, self.token_code, weight)
 
-    def biases(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-        """(V,) the token biases b, None where they are 0, and (K,) the code biases B."""
+    def _token_bias(self, dtype: torch.dtype, tokens: Tensor | None = None) -> Tensor | None:
+        """b of these tokens, or (V,) of all; None where it is 0."""
+        if self.config.token_bias == "none":
+            return None
+        learned = self.config.token_bias == "learned"
+        values = self.token_bias if learned else self.token_weight
+        chosen = (values if tokens is None else values[tokens]).to(dtype)
+        return chosen if learned else chosen.log()
+
+    def _code_bias(self, dtype: torch.dtype) -> Tensor:
+        """(K,) B. Its cost has V numbers a call where b is learned, and none otherwise."""
         if self.config.token_bias != "learned":
-            return self._token_bias(dtype), self.code_weight.to(dtype).log()
+            return self.code_weight.to(dtype).log()
         token_bias = self.token_bias.to(dtype)
         lowest = token_bias.new_full((self.config.codebook_size,), -torch.inf)
         largest = lowest.scatter_reduce(0, self.token_code, token_bias.detach(), "amax")
         shifted = (token_bias - largest[self.token_code]).exp()
-        return token_bias, torch.zeros_like(lowest).index_add(0, self.token_code, shifted).log() + largest
-
-    def _token_bias(self, dtype: torch.dtype) -> Tensor | None:
-        if self.config.token_bias == "none":
-            return None
-        return self.token_bias.to(dtype) if self.config.token_bias == "learned" else self.token_weight.to(dtype).log()
+        return torch.zeros_like(lowest).index_add(0, self.token_code, shifted).log() + largest
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D)
         """(..., V): `o_v = hidden . codebook[M(v)] + b_v`. K dot products a row, and one gather."""
@@ -174,9 +178,9 @@ class VQHead(Head):
         """(..., V): `log p_v`, in float32 (float64 for float64 `hidden`). The normaliser is summed over the K codes."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         codes = F.linear(hidden, self.codebook.to(hidden.dtype)).to(dtype)
-        token_bias, code_bias = self.biases(dtype)
-        codes = codes - (codes + code_bias).logsumexp(-1, keepdim=True)
+        codes = codes - (codes + self._code_bias(dtype)).logsumexp(-1, keepdim=True)
         log_p = codes.index_select(-1, self.token_code)
+        token_bias = self._token_bias(dtype)
         return log_p if token_bias is None else log_p + token_bias
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., D)
@@ -190,13 +194,15 @@ class VQHead(Head):
         changing = self.config.mapping != "fixed" and self.training and torch.is_grad_enabled()
         if changing:
             self._count_forward()
-        token_bias, code_bias = self.biases(torch.promote_types(hidden.dtype, torch.float32))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        token_bias, code_bias = self._token_bias(dtype, labels), self._code_bias(dtype)
         # A mapping that changes before this forward's backward must not change what that needs.
         token_code = self.token_code.clone() if changing else self.token_code
         codes = token_code[labels]
         codebook, correction = self.codebook.to(hidden.dtype), None
         if changing and self.config.mapping == "learned":
-            within = None if token_bias is None else token_bias - code_bias[token_code]
+            of_all = self._token_bias(dtype)
+            within = None if of_all is None else of_all - code_bias[token_code]
             size = self.config.codebook_size
             zero, correction = straight_through(hidden, labels, self.token_rows, token_code, within, size)
             codebook = codebook + zero
@@ -204,7 +210,7 @@ class VQHead(Head):
         if changing and self.config.mapping == "reassigned":
             self._context = self._context or Context(self.out_features, self.codebook)
             self._context.add(hidden, labels, lse, codebook)
-        rows = rows + (code_bias[codes] if token_bias is None else code_bias[codes] - token_bias[labels])
+        rows = rows + (code_bias[codes] if token_bias is None else code_bias[codes] - token_bias)
         return rows if correction is None else rows + correction
 
     def _count_forward(self) -> None:
