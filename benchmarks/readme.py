@@ -16,6 +16,7 @@ from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
 from benchmarks.number_tokens import overhead_table
 from benchmarks.report import RESULTS, markdown_table
+from benchmarks.vq import vq_table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -77,6 +78,12 @@ def number_tokens() -> str:
     return f"{where(record)}. {inputs_line(record)}; {share}.\n\n{overhead_table(record['losses'])}"
 
 
+def vq() -> str:
+    record = load("vq")
+    shape = ", ".join(f"{name} {size:,}" for name, size in record["shape"].items())
+    return f"{where(record)}. {shape}, float32.\n\n{vq_table(record['sizes'])}"
+
+
 def coverage() -> str:
     record = load("coverage")
     rows = [[kind, count] for kind, count in record["counts"].items()]
@@ -92,6 +99,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
     "number_tokens": number_tokens,
+    "vq": vq,
     "coverage": coverage,
     "losses": loss_table,
 }

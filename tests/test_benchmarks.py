@@ -6,7 +6,11 @@ import time
 import pytest
 import torch
 
+<<<<<<< HEAD
 from benchmarks import cpu, filter_accuracy, filter_training, inputs, measure, number_tokens, report
+=======
+from benchmarks import cpu, filter_accuracy, filter_training, inputs, measure, report, vq
+>>>>>>> vq
 
 MEGABYTE = 2**20
 
@@ -229,3 +233,15 @@ def test_filter_training_command_goes_on_where_it_stopped(tmp_path, capsys):
         filter_training.main([*arguments, "exact", "--steps", "5"])
     with pytest.raises(ValueError, match="dropped:N"):
         filter_training.main([*arguments, "halved:3"])
+
+
+def test_vq_command_shows_memory_that_does_not_grow(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "_resident_peak", lambda function: None)
+    arguments = ["--rows", "64", "--width", "8", "--codes", "16", "--logit_rows", "2", "--repeats", "1"]
+    record = vq.main([*arguments, "--classes", "256", "4096", "--output", str(tmp_path / "vq.json")])
+    found = {(size["classes"], size["name"]): size for size in record["sizes"]}
+    for name in ("K = 16, bias none", "K = 16, bias frequency"):
+        assert found[256, name]["allocated"] == found[4096, name]["allocated"]
+        assert found[256, name]["parameters"] == found[4096, name]["parameters"] == 16 * 8
+    assert found[4096, vq.STOCK]["beyond_gradients"] >= 64 * 4096 * 4
+    assert json.loads((tmp_path / "vq.json").read_text())["sizes"] == record["sizes"]

@@ -20,6 +20,8 @@ from xhead.patch import Status
 from xhead.standin import MaterializedWarning
 
 CLASSES = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration"]
+# A class that reads its head's dtype, one that initialises it from outside, one that adds a bias of zeros.
+OTHERS = ["MambaForCausalLM", "ModernBertForMaskedLM", "BartForConditionalGeneration"]
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,10 @@ def test_changes_of_the_logits_are_refused():
     patched("CohereForCausalLM", logit_scale=1.0)(**tokens()).loss.backward()
     with pytest.raises(ValueError, match="mul 0.5"):
         patched("CohereForCausalLM", logit_scale=0.5)(**tokens())
+    model = patched("BartForConditionalGeneration")
+    model.final_logits_bias += 1
+    with pytest.raises(ValueError, match=r"add a tensor \(96,\)"):
+        model(**tokens())
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -205,7 +211,7 @@ def test_unpatch_follows_the_model():
     model(**tokens()).loss.backward()
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", CLASSES + OTHERS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_saved_and_loaded(name, tied, tmp_path):
     model = patched(name, tie_word_embeddings=tied)

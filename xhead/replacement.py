@@ -137,8 +137,13 @@ def load(folder: str | Path, model_class: Any = None, *, lazy_eval: bool = False
         head = make_head(name, linear.in_features, linear.out_features, head_config)
         _install(owner, linear, head.to(linear.weight.device, linear.weight.dtype), head_config, lazy_eval)
 
+    def initialise(self: Any, module: nn.Module) -> None:
+        # Some classes initialise the projection's weight from outside; the checkpoint holds all that the head needs.
+        if not any(isinstance(child, Head) for child in (module, *module.children())):
+            model_class._init_weights(self, module)
+
     # A subclass of the same name, so that transformers itself fills the head from the checkpoint, on any device.
-    namespace = {"__init__": make, "__module__": model_class.__module__}
+    namespace = {"__init__": make, "_init_weights": initialise, "__module__": model_class.__module__}
     model = type(model_class.__name__, (model_class,), namespace).from_pretrained(
         folder, config=model_config, **options
     )

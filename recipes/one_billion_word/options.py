@@ -14,7 +14,7 @@ from recipes.one_billion_word.errors import RecipeError
 
 STOCK = "stock"
 SAMPLED = "sampled"
-LINEAR, ADAPTIVE = "linear", "adaptive"
+LINEAR, ADAPTIVE, VQ = "linear", "adaptive", "vq"
 TRANSFORMER, NGRAM = "transformer", "ngram"
 
 PRESETS = {
@@ -82,7 +82,16 @@ class ModelOptions:
     hidden_sizes: str = field(default="2048,2048,512", metadata={"help": "ngram: widths of the hidden layers."})
     head: str = field(
         default=LINEAR,
-        metadata={"help": "linear, or adaptive (torch.nn.AdaptiveLogSoftmaxWithLoss), which has a loss of its own."},
+        metadata={
+            "help": "linear; or adaptive (torch.nn.AdaptiveLogSoftmaxWithLoss) or vq (a codebook), which have losses "
+            "of their own."
+        },
+    )
+    head_options: str = field(
+        default="{}", metadata={"help": """JSON for --head vq, as in '{"codebook_size": 512, "frequent": 256}'."""}
+    )
+    start_from: str | None = field(
+        default=None, metadata={"help": "The output folder of a run with a linear head: start from its model."}
     )
     hidden_size: int = field(default=256, metadata={"help": "Width of the hidden states."})
     layers: int = field(default=2, metadata={"help": "Transformer layers."})
@@ -109,17 +118,21 @@ class ModelOptions:
         for name, value, known in (
             ("preset", self.preset, (None, *PRESETS)),
             ("network", self.network, (TRANSFORMER, NGRAM)),
-            ("head", self.head, (LINEAR, ADAPTIVE)),
+            ("head", self.head, (LINEAR, ADAPTIVE, VQ)),
         ):
             if value not in known:
                 raise RecipeError(f"--{name} is {value!r}; known: {', '.join(filter(None, known))}")
         _at_least(1, context=self.context, embedding_size=self.embedding_size)
         _at_least(1, hidden_sizes=min(self.parsed_hidden_sizes))
-        if self.head == ADAPTIVE and self.loss != STOCK:
-            raise RecipeError(f"--head adaptive has a loss of its own: leave --loss {self.loss} out")
+        if self.head != LINEAR and self.loss != STOCK:
+            raise RecipeError(f"--head {self.head} has a loss of its own: leave --loss {self.loss} out")
         options = self.parsed_loss_options
         if self.loss == STOCK and options:
             raise RecipeError("--loss_options needs a --loss other than stock, which has no options")
+        if self.parsed_head_options and self.head != VQ:
+            raise RecipeError(f"--head_options needs --head vq; --head {self.head} has no options")
+        if self.start_from is not None and self.head == ADAPTIVE:
+            raise RecipeError("--start_from needs --head linear or vq, got adaptive")
 
     @property
     def parsed_hidden_sizes(self) -> tuple[int, ...]:
@@ -130,13 +143,11 @@ class ModelOptions:
 
     @property
     def parsed_loss_options(self) -> dict[str, Any]:
-        try:
-            options = json.loads(self.loss_options)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"--loss_options is {self.loss_options!r}, which is not JSON: {error}") from error
-        if not isinstance(options, dict):
-            raise RecipeError(f"--loss_options is {self.loss_options!r}; it must be a JSON object of option names")
-        return options
+        return _json_object("--loss_options", self.loss_options)
+
+    @property
+    def parsed_head_options(self) -> dict[str, Any]:
+        return _json_object("--head_options", self.head_options)
 
 
 @dataclass
@@ -214,6 +225,16 @@ def _preset(arguments: list[str] | None) -> str:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default="")
     return finder.parse_known_args(arguments)[0].preset
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{name} is {text!r}, which is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise RecipeError(f"{name} is {text!r}; it must be a JSON object of option names")
+    return options
 
 
 def _at_least(minimum: int, **values: int) -> None:

@@ -74,3 +74,42 @@ def plot_errors(report: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(report["data"], fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def plot_codebooks(report: Mapping[str, Any], path: Path) -> None:
+    """Perplexity over the size of the codebook, from scratch and from the dense model, whose own is a level line.
+
+    Args:
+        report: what the comparison of codebooks writes to codebooks.json.
+        path: the picture to write; its ending says the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    runs = report["runs"]
+    labels = {
+        "scratch": f"from scratch, {report['steps']:,} steps",
+        "dense": f"from the dense model, {report['tuning_steps']:,} steps more",
+    }
+    for start, label in labels.items():
+        points = sorted(
+            (int(size), found["valid"]["perplexity"])
+            for name, found in runs.items()
+            for first, _, size in [name.partition(" ")]
+            if first == start and size
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    dense = runs["dense"]["valid"]["perplexity"]
+    axes.axhline(dense, color="black", linestyle="--", label=f"dense, {report['steps']:,} steps")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("codes K")
+    axes.set_ylabel("validation perplexity")
+    axes.set_title(f"{report['data']}; {report['vocabulary']:,} words", fontsize="small")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

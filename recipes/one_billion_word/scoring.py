@@ -5,6 +5,7 @@ Neither builds logits for more than a few rows or classes at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from recipes.one_billion_word.options import ADAPTIVE, ModelOptions
+from recipes.one_billion_word.options import ADAPTIVE, VQ, ModelOptions
 from xhead import LazyLogits
+from xhead.heads.vq import VQHead
 from xhead.losses.spherical import log_probability
 from xhead.losses.spherical_family import FAMILY
 from xhead.retrieval import ranks
@@ -85,18 +87,44 @@ class AdaptiveScorer:
         return -self.head(hidden, target).output
 
     def ranks(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        rows = max(1, self.max_logits // self.head.n_classes)
-        found = []
-        for some, ids in zip(hidden.split(rows), target.split(rows), strict=True):
-            scores = self.head.log_prob(some)
-            found.append((scores >= scores.gather(1, ids[:, None])).sum(1))
-        return torch.cat(found)
+        return _ranks(self.head.log_prob, hidden, target, max(1, self.max_logits // self.head.n_classes))
+
+
+class VQScorer:
+    """A codebook in the projection's place (`xhead.patch(model, head="vq")`)."""
+
+    defines_probability = True
+
+    def __init__(self, head: VQHead, max_logits: int = MAX_LOGITS) -> None:
+        self.head, self.max_logits = head, max_logits
+
+    def nll(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.head.loss_rows(hidden, target)
+
+    def ranks(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _ranks(self.head, hidden, target, max(1, self.max_logits // self.head.out_features))
+
+
+def _ranks(
+    scores_of: Callable[[torch.Tensor], torch.Tensor],  # (n, D) -> (n, V)
+    hidden: torch.Tensor,  # (N, D)
+    target: torch.Tensor,  # (N,)
+    rows: int,
+) -> torch.Tensor:
+    """`Scorer.ranks`, from the scores of so many rows at a time."""
+    found = []
+    for some, ids in zip(hidden.split(rows), target.split(rows), strict=True):
+        scores = scores_of(some)
+        found.append((scores >= scores.gather(1, ids[:, None])).sum(1))
+    return torch.cat(found)
 
 
 def scorer_of(model: PreTrainedModel, options: ModelOptions) -> Scorer:
     """How the head that these options ask for is scored."""
     if options.head == ADAPTIVE:
         return AdaptiveScorer(model.adaptive)  # pyright: ignore
+    if options.head == VQ:
+        return VQScorer(model.get_output_embeddings())  # pyright: ignore
     return LinearScorer(output_head(model), options.loss, options.parsed_loss_options)
 
 

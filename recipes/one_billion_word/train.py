@@ -17,11 +17,13 @@ from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.head_inputs import save_head_inputs
 from recipes.one_billion_word.memory import measure_loss_memory, process_peak, reset_process_peak
 from recipes.one_billion_word.model import apply_loss, build_model, check_loss
-from recipes.one_billion_word.options import ADAPTIVE, DataOptions, ModelOptions, RunOptions, parse_options
+from recipes.one_billion_word.options import LINEAR, DataOptions, ModelOptions, RunOptions, parse_options
 from recipes.one_billion_word.packing import PackedSentences
 from recipes.one_billion_word.perplexity import measure_errors, measure_perplexity
 from recipes.one_billion_word.report import describe, summarize, write_report
 from recipes.one_billion_word.scoring import scorer_of
+from recipes.one_billion_word.start import load_start
+from recipes.one_billion_word.vq import apply_vq, check_vq, head_facts
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,10 +57,14 @@ def run(
     state = PartialState()
     folder = Path(str(training.output_dir))
     check_loss(model_options)
-    if model_options.head == ADAPTIVE and (run_options.measure_memory or run_options.save_head_inputs):
-        raise RecipeError("--measure_memory and --save_head_inputs need a linear head, got --head adaptive")
+    check_vq(model_options)
+    if model_options.head != LINEAR and (run_options.measure_memory or run_options.save_head_inputs):
+        raise RecipeError(
+            f"--measure_memory and --save_head_inputs need a linear head, got --head {model_options.head}"
+        )
     data = prepare_data(data_options, folder / "data")
     model = build_model(model_options, data.vocabulary, data_options.block_length, training.seed)
+    load_start(model, model_options, data.vocabulary)
     description = {
         "data": data.fingerprint,
         "hidden_size": model_options.hidden_size,
@@ -67,6 +73,8 @@ def run(
         "tie_embeddings": model_options.tie_embeddings,
         "network": model_options.network,
         "head": model_options.head,
+        "head_options": model_options.parsed_head_options,
+        "start_from": model_options.start_from,
         "seed": training.seed,
     }
     check_description(folder, description, resume=run_options.resume)
@@ -75,6 +83,7 @@ def run(
     if state.is_main_process:
         write_description(folder, description)
         data.vocabulary.write(folder / "vocabulary.txt")
+    apply_vq(model, model_options, data.vocabulary)
     describe(data, model, model_options)
     if run_options.resume:
         state.print(f"resume      from {checkpoint or 'the beginning: no whole checkpoint was found'}")
@@ -95,6 +104,7 @@ def run(
     trainer.save_model(str(folder / "model"))
 
     results = summarize(data, model, model_options, trainer, timer.seconds)
+    results["output_head"] = head_facts(model, model_options, data.vocabulary)
     results["process_peak_bytes"] = peak
     results["process_peak_is_of_training_alone"] = peak_is_of_training
     quiet = training.disable_tqdm or not state.is_main_process

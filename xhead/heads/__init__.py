@@ -6,7 +6,7 @@ its own, with its own update.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, NamedTuple, TypeVar
 
 from xhead.heads.base import Head
@@ -58,22 +58,26 @@ def make_head(name: str, in_features: int, out_features: int, config: Any) -> He
 def read_options(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The config of a head, and the options of its start, from the options of a call.
 
-    Raises ValueError for an unknown option, TypeError for one that has to be given and is not, and what the config
-    raises.
+    Raises ValueError for an unknown option and for one that has to be given and is not, and what the config raises.
     """
     entry = _REGISTRY[name]
-    known = [field.name for field in fields(entry.config) if field.init]
+    settable = [field for field in fields(entry.config) if field.init]
+    known = [field.name for field in settable]
     unknown = [option for option in options if option not in (*known, *entry.start_options)]
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(unknown)} for head {name!r}; known are "
             f"{', '.join((*known, *entry.start_options))}"
         )
+    required = [field.name for field in settable if field.default is MISSING and field.default_factory is MISSING]
+    missing = [option for option in required if option not in options]
+    if missing:
+        raise ValueError(f"the head {name!r} needs the option {', '.join(missing)}")
     config = entry.config(**{key: value for key, value in options.items() if key in known})
     return config, {key: value for key, value in options.items() if key in entry.start_options}
 
 
-from xhead.heads import fourier_vocabulary  # noqa: E402, F401  registers itself
+from xhead.heads import fourier_vocabulary, vq  # noqa: E402, F401  register themselves
 from xhead.heads.fourier import FourierHead  # noqa: E402
 from xhead.heads.fourier_density import FourierDensity  # noqa: E402
 from xhead.heads.spherical.head import SphericalHead  # noqa: E402

@@ -92,13 +92,30 @@ class Head(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "bias") and name not in self._parameters:
-            # Asked for by code that resizes, ties or fuses the projection.
-            raise AttributeError(
-                f"the head {self.name!r} has no {name} of one row a class. Call xhead.unpatch(model) before what "
-                "resizes, ties or fuses the output projection"
-            )
+        if name == "weight" and "weight" not in self._parameters:
+            return _NoWeight(self)
         return super().__getattr__(name)
+
+
+class _NoWeight:
+    """What code gets that asks for the weight of a projection that a head has replaced: its dtype and device alone."""
+
+    def __init__(self, head: Head):
+        self._head = head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self._head.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._head.parameters()).device
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the head {self._head.name!r} has no weight of one row a class, which was asked for its {name}. Call "
+            "xhead.unpatch(model) before what resizes, ties or fuses the output projection"
+        )
 
 
 class HeadLogits(LazyLogits):
@@ -178,7 +195,7 @@ class HeadLoss:
                 f"{'; it takes ' + ', '.join(known) if known else ''}. Call it without (the Trainer's is "
                 "label_smoothing_factor), or keep the model's own head: xhead.patch(model)"
             )
-        steps = tuple(step for step in logits._steps if step[0] != "cast")
+        steps = tuple(step for step in logits._steps if step[0] != "cast" and not _adds_nothing(step))
         if logits._columns is not None or pointwise.linear_factor(steps) != 1:
             done = pointwise.describe(steps) if steps else f"columns {logits._columns}"
             raise ValueError(
@@ -187,3 +204,11 @@ class HeadLoss:
                 "final_logit_softcapping=None, logit_scale=1, logits_scaling=1), or keep the model's own head"
             )
         return head.loss_rows(logits.hidden, labels, **call_options)
+
+
+def _adds_nothing(step: pointwise.Step) -> bool:
+    """Whether a step adds a constant bias that is zero, as BART and its relatives do."""
+    name, argument = step
+    if name != "add" or not isinstance(argument, Tensor) or argument.requires_grad or torch.compiler.is_compiling():
+        return False
+    return not argument.any()
