@@ -164,5 +164,6 @@ from xhead.losses import (  # noqa: E402  register themselves
     pairs,  # noqa: F401
     probability,  # noqa: F401
     robust,  # noqa: F401
+    sphereface2,  # noqa: F401
     stablemax,  # noqa: F401
 )
