@@ -24,6 +24,7 @@ NEEDED = {
     "subcenter_arcface": {"sub_centers": 1},
     **dict.fromkeys(("ntl_was", "ntl_mse", "ntl_mae", "ntl_number"), NUMBERS),
 }
+CHECKED = {"elasticface": {"deviation": 0.0}}
 defined = pytest.mark.parametrize(
     ("name", "options", "definition"),
     DEFINITIONS,
@@ -89,6 +90,19 @@ def test_derivatives(name, options, definition):
         return get_loss(name, engine="chunked", **options)(xhead.LazyLogits(*sides), labels)
 
     torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("name", sorted(set(xhead.list_losses()) - set(HERE)))
+def test_derivatives_of_the_others(name):
+    """Every loss of the registry has one of the two."""
+    hidden, weight, _, _ = inputs(rows=3, classes=12, size=3, peak=1.0)
+    labels, options = torch.tensor([5, 2, 11]), CHECKED.get(name, NEEDED.get(name, {}))
+
+    def function(hidden, weight):
+        return get_loss(name, **options)(xhead.LazyLogits(hidden, weight), labels)
+
+    # The norm of a hidden state that moves AdaFace's margin is a constant to its gradient, by definition.
+    torch.autograd.gradcheck(function, (hidden.detach() if name == "adaface" else hidden, weight))
 
 
 @each

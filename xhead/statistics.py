@@ -83,6 +83,7 @@ def row_statistics(
     | `softplus` | `log(1 + exp(o))` |
     | `stablemax` | `o + 1` where `o >= 0`, else `1 / (1 - o)` |
     | `asymmetric` | `-x^gamma log(1 - x)`, `x = max(sigmoid(o) - margin, 0)`; `pointwise_parameters=(gamma, margin)` |
+    | `adjusted_cosine` | `softplus(s (2 ((o/s + 1) / 2)^t - 1) + b)`; `pointwise_parameters=(s, t, b)` |
 
     Args:
         row_mask: rows that are False are left out of all work: their statistics are 0, with no gradient.

@@ -53,8 +53,24 @@ def _shifted(logits: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     return x, torch.log1p(-x) if margin > 0 else F.logsigmoid(-logits)
 
 
+def adjusted_cosine(logits: Tensor, scale: float, power: float) -> Tensor:
+    """`s (2 ((o/s + 1) / 2)^t - 1)` of scaled cosines o, with s the scale and t the power."""
+    # A cosine that is rounded to less than -1 has no power.
+    return scale * (2 * (logits / (2 * scale) + 0.5).clamp(min=0) ** power - 1)
+
+
+def _adjusted_cosine(logits: Tensor, scale: float, power: float, offset: float) -> Tensor:
+    return _softplus(adjusted_cosine(logits, scale, power) + offset)
+
+
+def _adjusted_cosine_slope(logits: Tensor, scale: float, power: float, offset: float) -> Tensor:
+    spread = power * (logits / (2 * scale) + 0.5).clamp(min=0) ** (power - 1)
+    return torch.sigmoid(adjusted_cosine(logits, scale, power) + offset) * spread
+
+
 SUMMANDS: dict[str, Summand] = {
     "softplus": Summand(_softplus, torch.sigmoid),
     "stablemax": Summand(_stablemax, _stablemax_slope),
     "asymmetric": Summand(_asymmetric, _asymmetric_slope, ("gamma", "margin")),
+    "adjusted_cosine": Summand(_adjusted_cosine, _adjusted_cosine_slope, ("scale", "power", "offset")),
 }

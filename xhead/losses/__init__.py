@@ -168,5 +168,6 @@ from xhead.losses import (  # noqa: E402  register themselves
     robust,  # noqa: F401
     soft_topk,  # noqa: F401
     spherical,  # noqa: F401
+    sphereface2,  # noqa: F401
     stablemax,  # noqa: F401
 )
