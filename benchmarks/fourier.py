@@ -100,9 +100,9 @@ def measure_losses(training: Training, names: list[str], repeats: int) -> list[d
     return records
 
 
-def fourier_table(records: list[dict]) -> str:
-    """Beside the first loss."""
-    base = records[0]
+def fourier_table(part: dict) -> str:
+    """The losses of one size, beside the first of them."""
+    base = part["losses"][0]
     rows = [
         [
             record["name"],
@@ -110,13 +110,20 @@ def fourier_table(records: list[dict]) -> str:
             f"{base['median'] / record['median']:.1f}",
             megabytes(record["beyond"]),
             f"{base['beyond'] / record['beyond']:.1f}",
-            f"{record['loss']:.5f}",
             f"{record['hidden_error']:.1e}",
         ]
-        for record in records
+        for record in part["losses"]
     ]
-    columns = ["loss", "ms", "times faster", "MB beyond gradients", "times smaller", "value", "gradient error"]
-    return markdown_table(columns, rows)
+    columns = ["loss", "ms", "times faster", "MB beyond gradients", "times smaller", "gradient error"]
+    shape = f"{part['rows']:,} rows, {part['bins']:,} bins, {part['frequencies']} frequencies"
+    return (
+        f"{shape}; the complex terms of the series would be {part['terms_bytes'] / 1e6:,.0f} MB:\n\n"
+        f"{markdown_table(columns, rows)}"
+    )
+
+
+def fourier_page(record: dict) -> str:
+    return f"{fourier_table(record['compared'])}\n\n{fourier_table(record['large'])}"
 
 
 def main(arguments: list[str] | None = None) -> dict[str, object]:
@@ -132,12 +139,12 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         ("compared", "large"), PRESETS[options.preset], ([DIRECT, BINS, OURS], [BINS, OURS]), strict=True
     ):
         rows, bins, frequencies = shape
-        print(f"\n{rows} rows, {bins} bins, {frequencies} frequencies, width {options.width}")
         found = measure_losses(Training(*shape, options.width, options.seed), names, options.repeats)
-        # What the direct form would have to hold at once, at the least: its complex64 terms.
+        # What the direct form holds at the least.
         terms = rows * bins * frequencies * 8
-        record[part] = {"rows": rows, "bins": bins, "frequencies": frequencies, "terms_bytes": terms, "losses": found}
-        print(f"\n{fourier_table(found)}\nthe terms of the series alone: {terms / 1e6:,.0f} MB")
+        measured = {"rows": rows, "bins": bins, "frequencies": frequencies, "terms_bytes": terms, "losses": found}
+        record[part] = measured
+        print(f"\n{fourier_table(measured)}\n")
     save_json(options.output, record)
     print(f"written: {options.output}")
     return record

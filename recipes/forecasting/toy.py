@@ -93,7 +93,8 @@ class Networks(nn.Module):
         if self.bins is None:
             rows = nn.functional.cross_entropy(found.flatten(0, 1), labels.flatten(), reduction="none")
         else:
-            rows = self.bins.loss_rows(*found.chunk(2, -1), labels)
+            real, imaginary = found.chunk(2, -1)
+            rows = self.bins.loss_rows(real, imaginary, labels)
         return rows.sum() / labels.shape[1]
 
     @torch.no_grad()

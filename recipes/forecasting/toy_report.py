@@ -60,7 +60,7 @@ def plot_masses(centres: Tensor, curves: Mapping[str, Mapping[str, Tensor]], pat
     for position, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), position + 1)
         for number, (label, of_label) in enumerate(curves.items()):
-            style = {"color": "black", "linewidth": 2} if number == 0 else {"color": f"C{number - 1}"}
+            style: dict[str, Any] = {"color": "black", "linewidth": 2} if number == 0 else {"color": f"C{number - 1}"}
             axes.plot(centres, of_label[name], label=label, **style)
         axes.set_title(name)
         axes.set_xlabel("z")
