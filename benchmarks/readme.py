@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.cpu import forward_table, training_table
 from benchmarks.filter_accuracy import accuracy_table
 from benchmarks.filter_training import training_table as filter_training_table
+from benchmarks.fourier import fourier_page
 from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
 from benchmarks.number_tokens import overhead_table
@@ -92,6 +93,11 @@ def coverage() -> str:
     )
 
 
+def fourier() -> str:
+    record = load("fourier")
+    return f"{where(record)}; width {record['width']}.\n\n{fourier_page(record)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu.training": cpu_training,
     "cpu.forward": cpu_forward,
@@ -101,6 +107,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "number_tokens": number_tokens,
     "vq": vq,
     "coverage": coverage,
+    "fourier": fourier,
     "losses": loss_table,
 }
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer
 
@@ -101,10 +102,17 @@ def test_in_a_model(token_range, tied, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(**tokens()).logits, model(**tokens()).logits)
     assert torch.equal(again(**tokens()).loss, model(**tokens()).loss)
-    assert again.lm_head.fourier.regularization == 1e-6
+    assert again.lm_head.fourier.bins.regularization == 1e-6
     assert isinstance(xhead.unpatch(model).lm_head, nn.Linear)
 
 
+@pytest.fixture
+def _own_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests set one up otherwise
+
+
+@pytest.mark.usefixtures("_own_accelerator")
 def test_trainer(tmp_path):
     def fresh():
         return xhead.patch(tiny("LlamaForCausalLM"), head="fourier", num_frequencies=9, token_range=(10, 90))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from xhead.heads import register_head
 from xhead.heads.base import Head
-from xhead.heads.fourier import FourierHead, check_sizes
+from xhead.heads.fourier import FourierHead
+from xhead.heads.fourier_bins import FourierBins
 from xhead.statistics import check_range, row_statistics
 
 
@@ -47,7 +48,7 @@ class FourierConfig:
         first, stop = self.token_range
         if not 0 <= first < stop:
             raise ValueError(f"token_range is (first, stop) with 0 <= first < stop, got {self.token_range!r}")
-        check_sizes(stop - first, self.num_frequencies, self.allow_aliasing)
+        FourierBins(stop - first, self.num_frequencies, allow_aliasing=self.allow_aliasing)
         object.__setattr__(self, "token_range", (first, stop))  # JSON has lists alone
 
 

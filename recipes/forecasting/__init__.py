@@ -1,0 +1,1 @@
+"""Probabilistic forecasts by a language model over value tokens: the Fourier head against the dense one."""
