@@ -1,12 +1,14 @@
 """Top-k, ranks and temperatures against all scores at once; and what the spherical head makes of them."""
 
+import sys
+
 import pytest
 import torch
 
 from benchmarks.measure import peak_allocated
 from tests.dense import relative_error
 from xhead.heads import SphericalHead
-from xhead.retrieval import fit_inverse_temperature, ranks, topk
+from xhead.retrieval import MaximumInnerProduct, fit_inverse_temperature, ranks, topk
 
 ROWS, CLASSES, SIZE = 23, 501, 7
 
@@ -194,3 +196,23 @@ def test_probabilities_by_a_temperature(name):
     again = SphericalHead(SIZE, CLASSES, name, dtype=torch.float64)
     again.load_state_dict(head.state_dict())
     assert again.perplexity(hidden, labels) == pytest.approx(float(log_p.mean().neg().exp()))
+
+
+def test_an_approximate_index_and_its_recall():
+    pytest.importorskip("faiss")
+    hidden, weight, bias, _ = inputs(torch.float32)
+    exact = MaximumInnerProduct(weight, bias, description="Flat")
+    found = exact.topk(hidden[:22].reshape(2, 11, SIZE), 5)
+    true = topk(hidden[:22].reshape(2, 11, SIZE), weight, 5, bias=bias)
+    assert torch.equal(found.classes, true.classes) and torch.allclose(found.scores, true.scores, atol=1e-5)
+    assert exact.recall(hidden, 5) == 1.0
+    coarse = [MaximumInnerProduct(weight, description="IVF8,Flat", nprobe=n).recall(hidden, 5) for n in (1, 8)]
+    assert coarse[0] < coarse[1] == 1.0
+    with pytest.raises(AttributeError, match="'Flat' has no attribute 'nprobes'"):
+        MaximumInnerProduct(weight, description="Flat", nprobes=3)
+
+
+def test_an_index_without_faiss_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match="pip install faiss-cpu, or use topk"):
+        MaximumInnerProduct(torch.randn(5, 2))
