@@ -15,6 +15,7 @@ from benchmarks.filter_training import training_table as filter_training_table
 from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
 from benchmarks.report import RESULTS, markdown_table
+from benchmarks.spherical import spherical_table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -70,6 +71,13 @@ def filter_training() -> str:
     )
 
 
+def spherical() -> str:
+    record = load("spherical")
+    return f"{where(record)}. N {record['shape']['N']}, D {record['shape']['D']}, float32.\n\n" + (
+        spherical_table(record["steps"])
+    )
+
+
 def coverage() -> str:
     record = load("coverage")
     rows = [[kind, count] for kind, count in record["counts"].items()]
@@ -84,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu.random": cpu_random,
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
+    "spherical": spherical,
     "coverage": coverage,
     "losses": loss_table,
 }

@@ -6,8 +6,9 @@
 import inspect
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from xhead.heads import SphericalHead
 from xhead.projection import owner_and_head
 
 
@@ -46,3 +47,17 @@ def _remove_fused_head(owner: Any) -> None:
     del owner.__dict__["forward"]
     if original is not None and getattr(original, "__func__", None) is not type(owner).forward:
         owner.__dict__["forward"] = original
+
+
+class AttachHead(TrainerCallback):
+    """Has the Trainer's optimiser update a `SphericalHead`: `trainer.add_callback(AttachHead(model.head))`.
+
+    rate_factor: as in `SphericalHead.attach`, which raises as there when training begins; the Trainer's default
+    optimiser, AdamW, needs one.
+    """
+
+    def __init__(self, head: SphericalHead, *, rate_factor: float | None = None):
+        self.head, self.rate_factor = head, rate_factor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.head.attach(given["optimizer"], rate_factor=self.rate_factor)

@@ -133,15 +133,17 @@ class FactoredWeight(nn.Module):
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """`W <- factor W`."""
-        self.covariance.mul_(factor * factor)
+        # Factors near 1 are themselves rounded in float32, always to the same side; what they take away is not.
+        self.covariance.add_(self.covariance, alpha=factor * factor - 1)
         for part in (self.mixing, self.mean_row, self.offset):
-            part.mul_(factor)
-        self.inverse.div_(factor)
+            part.add_(part, alpha=factor - 1)
+        self.inverse.add_(self.inverse, alpha=1 / factor - 1)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute `mean_row` and `covariance` from the factors again, O(V D^2), summed in float64."""
-        shift = self.mean_row.clone()
+        # Near the mean, so that it is not squared and then subtracted again.
+        shift = self.rows(next(self.blocks())).mean(0)
         total = torch.zeros(self.size, dtype=torch.float64, device=self.core.device)
         gram = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.core.device)
         for rows in self.blocks():

@@ -48,9 +48,10 @@ class Gradient:
 
     def scale(self, proxy: Tensor) -> float:
         """What the gradient has been multiplied by since, as seen in `proxy.grad`: 1 untouched, 0 for zero_grad."""
-        if proxy.grad is None:
-            return 0.0
-        return float(proxy.grad) / self._norm if self._norm else 1.0
+        now = 0.0 if proxy.grad is None else float(proxy.grad)
+        if self._norm == 0:
+            return 1.0
+        return now / self._norm if now else 0.0
 
     def forget(self) -> None:
         self._arrived.clear()
@@ -62,7 +63,7 @@ class Gradient:
         Raises RuntimeError where the weight has changed since the gradient was computed.
         """
         step, scale = self._step, self.scale(proxy)
-        if step is None or scale == 0:
+        if step is None or scale == 0 or proxy.grad is None:
             return None, 0.0
         if self._version != weight.core._version:
             raise RuntimeError(
