@@ -16,6 +16,7 @@ from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
 from benchmarks.report import RESULTS, markdown_table
 from benchmarks.spherical import spherical_table
+from benchmarks.spherical_losses import table as spherical_losses_table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -78,6 +79,12 @@ def spherical() -> str:
     )
 
 
+def spherical_losses() -> str:
+    record = load("spherical_losses")
+    shape = record["inputs"]
+    return f"{where(record)}. V {shape['V']:,}, D {shape['D']}, float32.\n\n{spherical_losses_table(record['steps'])}"
+
+
 def coverage() -> str:
     record = load("coverage")
     rows = [[kind, count] for kind, count in record["counts"].items()]
@@ -93,6 +100,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
     "spherical": spherical,
+    "spherical_losses": spherical_losses,
     "coverage": coverage,
     "losses": loss_table,
 }

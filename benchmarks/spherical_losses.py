@@ -1,7 +1,7 @@
 """`python -m benchmarks.spherical_losses`: a step of the Z-loss on a plain weight, for few and for many rows.
 
-Beside stock cross-entropy and the Z-loss of logits that are built: tiles, the Gram matrix of a weight that changed since the
-last call, and one of several micro-batches inside `xhead.accumulate`, all in turns in one run.
+Beside stock cross-entropy and the Z-loss of logits that are built: tiles, the Gram matrix of a weight that changed
+since the last call, and one of several micro-batches inside `xhead.accumulate`, all in turns in one run.
 """
 
 import argparse
@@ -82,8 +82,9 @@ def measure_rows(rows: int, options: argparse.Namespace) -> list[dict[str, objec
         GRAM: step.gram,
         SHARED.format(count=count): step.accumulated,
     }
+    print(f"  N {rows:,}", flush=True)
     timings = measure.time_interleaved(
-        ways, repeats=options.repeats, report=lambda line: print(f"  N {rows:,}: {line}")
+        ways, repeats=options.repeats, report=lambda line: print(f"  {line}", flush=True)
     )
     step.dense()
     exact = step.gradients()
@@ -92,17 +93,19 @@ def measure_rows(rows: int, options: argparse.Namespace) -> list[dict[str, objec
         way()
         share = count if way == step.accumulated else 1
         errors = [_relative_error(mine / each, other) for mine, each, other in _pairs(step, share, exact)]
-        summary = timings[name].summary()
         records.append({
             "rows": rows,
             "name": name,
             "median": timings[name].median / share,
             "seconds": [value / share for value in timings[name].seconds],
-            "spread": [summary["min"], summary["max"]],
             "hidden_error": None if way == step.stock else errors[0],
             "weight_error": None if way == step.stock else errors[1],
         })  # fmt: skip
     return records
+
+
+def progress(line: str) -> None:
+    print(f"  {line}", flush=True)
 
 
 def _pairs(step: Step, share: int, exact: tuple[Tensor, Tensor]) -> zip:
