@@ -18,6 +18,8 @@ from benchmarks.loss_table import loss_table
 from benchmarks.number_tokens import overhead_table
 from benchmarks.report import RESULTS, markdown_table
 from benchmarks.vq import vq_table
+from benchmarks.spherical import spherical_table
+from benchmarks.spherical_losses import table as spherical_losses_table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -85,6 +87,19 @@ def vq() -> str:
     return f"{where(record)}. {shape}, float32.\n\n{vq_table(record['sizes'])}"
 
 
+def spherical() -> str:
+    record = load("spherical")
+    return f"{where(record)}. N {record['shape']['N']}, D {record['shape']['D']}, float32.\n\n" + (
+        spherical_table(record["steps"])
+    )
+
+
+def spherical_losses() -> str:
+    record = load("spherical_losses")
+    shape = record["inputs"]
+    return f"{where(record)}. V {shape['V']:,}, D {shape['D']}, float32.\n\n{spherical_losses_table(record['steps'])}"
+
+
 def coverage() -> str:
     record = load("coverage")
     rows = [[kind, count] for kind, count in record["counts"].items()]
@@ -106,6 +121,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "filter_training": filter_training,
     "number_tokens": number_tokens,
     "vq": vq,
+    "spherical": spherical,
+    "spherical_losses": spherical_losses,
     "coverage": coverage,
     "fourier": fourier,
     "losses": loss_table,

@@ -17,6 +17,7 @@ from recipes.one_billion_word.packing import IGNORED
 
 CUTOFFS = (60_000, 100_000, 640_000)
 BENCHMARK_WORDS = 793_471
+NARROWEST = 4
 
 
 def cutoffs(words: int) -> list[int]:
@@ -27,6 +28,11 @@ def cutoffs(words: int) -> list[int]:
     return sorted({cutoff for cutoff in scaled if cutoff < words})
 
 
+def narrowing(size: int, clusters: int) -> float:
+    """How many times narrower each cluster is than the one before: 4, or less where the last would be below 4 wide."""
+    return max(1.0, min(4.0, (size / NARROWEST) ** (1 / clusters)))
+
+
 class AdaptiveHead:
     """Mixed into a causal language model: its projection goes, and an adaptive softmax gives the loss."""
 
@@ -35,7 +41,8 @@ class AdaptiveHead:
         super().__init__(config)  # pyright: ignore
         del self.lm_head  # pyright: ignore
         words, size = config.vocab_size, config.hidden_size  # pyright: ignore
-        self.adaptive = nn.AdaptiveLogSoftmaxWithLoss(size, words, cutoffs(words))
+        clusters = cutoffs(words)
+        self.adaptive = nn.AdaptiveLogSoftmaxWithLoss(size, words, clusters, div_value=narrowing(size, len(clusters)))
 
     def get_output_embeddings(self) -> None:
         return None

@@ -15,7 +15,7 @@ from torch import Tensor
 from xhead.engines.problem import Problem
 
 _CLASS_BLOCK = 512  # rows of weight, and gathered rows, held in the accumulation dtype at a time
-_GOLDEN = 0.6180339887498949
+_STEP = 2654435769  # 2^32 by the golden ratio: multiples modulo 2^32 are spread evenly, and no two are close
 _KEPT = 2  # a model that trains, and one beside it
 
 _entries: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -55,8 +55,9 @@ def _same(found: Tensor, contents: Tensor) -> bool:
 def _contents(problem: Problem) -> Tensor:
     """The mean of the extended rows, and their projection: (2, D + 1)."""
     weight, classes = problem.weight, problem.vocabulary
-    share = torch.arange(classes, dtype=torch.float64, device=weight.device).mul_(_GOLDEN).frac_()
-    factors = torch.stack([torch.full_like(share, 1 / classes), share - share.mean()]).to(problem.accumulate_dtype)
+    share = torch.arange(classes, device=weight.device).mul_(_STEP).remainder_(2**32).to(problem.accumulate_dtype)
+    share = share.div_(2**32)
+    factors = torch.stack([torch.full_like(share, 1 / classes), share - share.mean()])
     total = torch.zeros(2, weight.shape[1] + 1, dtype=problem.accumulate_dtype, device=weight.device)
     for start, stop in blocks(classes):
         total.addmm_(factors[:, start:stop], extended_rows(problem, slice(start, stop)))

@@ -6,7 +6,7 @@ N x V numbers: mean and variance of all rows come from the weight's centred Gram
 The Z-loss here is a loss on standardised logits. What PaLM calls z-loss, a penalty on lse^2, is `lse_penalty`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,11 +35,13 @@ class ZLossConfig(ExactConfig):
     a: float = 1.0
     b: float = 0.0
     eps: float = 1e-12
+    member: ZLoss = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_number("a", self.a, 0.0, above_least=True)
         check_number("b", self.b)
         check_number("eps", self.eps, 0.0)
+        object.__setattr__(self, "member", ZLoss(sharpness=self.a, margin=self.b, eps=self.eps))
 
 
 @register(
@@ -55,7 +57,7 @@ def zloss_rows(logits: Any, labels: Tensor, config: ZLossConfig) -> Tensor:
     Not a likelihood. Invariant to a positive scale and a shift of the logits; z is at most `sqrt(V - 1)`.
     Arguments, shapes and errors as `mse_rows`.
     """
-    return _rows(logits, labels, ZLoss(sharpness=config.a, margin=config.b, eps=config.eps), config)
+    return _rows(logits, labels, config.member, config)
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,10 @@ class LogSphericalConfig(ExactConfig):
     """Options of `"log_spherical"`: eps, above 0, added to every o_k^2."""
 
     eps: float = 1e-2
+    member: LogSpherical = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_number("eps", self.eps, 0.0, above_least=True)
+        object.__setattr__(self, "member", LogSpherical(eps=self.eps))
 
 
 @register(
@@ -101,7 +104,7 @@ def log_spherical_rows(logits: Any, labels: Tensor, config: LogSphericalConfig) 
     Blind to the sign of a logit: the most likely class has the largest `|o_k|`.
     Arguments, shapes and errors as `mse_rows`.
     """
-    return _rows(logits, labels, LogSpherical(eps=config.eps), config)
+    return _rows(logits, labels, config.member, config)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,240 @@
+"""The recipe's ranking errors, its n-gram network, adaptive and sampled softmax, and the command that compares them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_support import write_text
+from torch import nn
+
+import xhead
+from recipes.one_billion_word import ranking
+from recipes.one_billion_word.adaptive import CUTOFFS, AdaptiveLlama, cutoffs
+from recipes.one_billion_word.ngram import NgramConfig, NgramForCausalLM
+from recipes.one_billion_word.options import parse_options
+from recipes.one_billion_word.packing import IGNORED
+from recipes.one_billion_word.sampled import SampledSoftmax
+from recipes.one_billion_word.scoring import TOP, AdaptiveScorer, LinearScorer
+from recipes.one_billion_word.train import main, run
+from tests.dense_losses import log_spherical, log_taylor
+from tests.tiny import tiny
+
+SMALL = {
+    "block_length": 32,
+    "embedding_size": 8,
+    "hidden_sizes": "16,12",
+    "per_device_train_batch_size": 4,
+    "warmup_steps": 2,
+    "learning_rate": 1e-2,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path) -> Path:
+    return write_text(tmp_path)
+
+
+def command(data: Path, output: Path, *more: str, **options: object) -> list[str]:
+    given = {"data": data, "output_dir": output, **SMALL, **options}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))] + list(more)
+
+
+def ngram(context: int = 3) -> NgramForCausalLM:
+    torch.manual_seed(0)
+    return NgramForCausalLM(NgramConfig(50, context=context, embedding_size=6, hidden_sizes=(10, 8), bos_token_id=1))
+
+
+def test_the_ngram_network_sees_its_context_and_no_other_sentence() -> None:
+    model = ngram(context=3)
+    ids = torch.randint(2, 50, (1, 9))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    whole = model(ids, position_ids=positions).logits[0]
+    for place in range(9):
+        within = ids[0, max(0, place - int(positions[0, place]), place - 2) : place + 1]
+        words = torch.cat([torch.ones(3 - len(within), dtype=torch.long), within])  # <S> before the sentence
+        embedded = model.body.embedding(words.flip(0)).flatten()
+        for layer in model.body.layers:
+            embedded = torch.tanh(layer(embedded))
+        torch.testing.assert_close(whole[place], model.lm_head(embedded))
+
+
+def test_a_patched_ngram_network_has_the_loss_of_stock() -> None:
+    model, ids = ngram(), torch.randint(2, 50, (2, 9))
+    expected = model(ids, labels=ids).loss
+    xhead.patch(model)
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+    assert (xhead.status(model).cut, xhead.status(model).materialized) == (1, 0)
+
+
+def test_the_network_of_a_preset(text_folder: Path, tmp_path: Path) -> None:
+    _, model, _, training = parse_options(["--preset", "ngram"])
+    assert (model.network, model.context, model.embedding_size) == ("ngram", 9, 512)
+    assert model.parsed_hidden_sizes == (2048, 2048, 512)
+    data, model, _, training = parse_options(["--preset", "ngram", "--block_length", "50", "--embedding_size", "7"])
+    assert (data.block_length, model.embedding_size, training.per_device_train_batch_size) == (50, 7, 2)
+    results = run(*parse_options(command(text_folder, tmp_path / "run", "--preset", "ngram_small", max_steps=2)))
+    again = NgramForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert again.num_parameters() == results["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "bigram"], "--preset is 'bigram'; known: ngram, ngram_small"),
+        (["--network", "rnn"], "--network is 'rnn'; known: transformer, ngram"),
+        (["--head", "tree"], "--head is 'tree'; known: linear, adaptive"),
+        (["--hidden_sizes", "12,x"], "--hidden_sizes is '12,x'"),
+        (["--hidden_sizes", "12,0"], "--hidden_sizes is 0; it must be at least 1"),
+        (["--head", "adaptive", "--loss", "cce"], "leave --loss cce out"),
+        (["--head", "adaptive", "--measure_memory", "True"], "need a linear head"),
+        (["--loss", "sampled", "--loss_options", '{"samples": 0}'], "samples must be at least 1, got 0"),
+        (["--loss", "zloss", "--loss_options", '{"a": 0}'], "a must be a finite number above 0"),
+    ],
+)
+def test_bad_options_are_clear_errors(
+    text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command(text_folder, tmp_path / "run"), *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["stock", "zloss", "log_taylor", "log_spherical", "mse"])
+def test_scores_of_a_linear_head(loss: str) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(6, 300, bias=False)
+    hidden, target = 3 * torch.randn(80, 6), torch.randint(300, (80,))
+    logits = head(hidden).double()
+    order = {"log_taylor": (1 + logits).abs(), "log_spherical": logits.abs()}.get(loss, logits)
+    expected = 1 + (order > order.gather(1, target[:, None])).sum(1)
+    scorer = LinearScorer(head, loss, {"eps": 0.1} if loss == "log_spherical" else None, max_logits=700)
+    with torch.no_grad():
+        assert (scorer.ranks(hidden, target) - expected).abs().max() <= 1  # rounding may exchange neighbours
+        assert scorer.defines_probability == (loss not in ("zloss", "mse"))
+        if not scorer.defines_probability:
+            with pytest.raises(ValueError, match=f"the loss '{loss}' defines no probability"):
+                scorer.nll(hidden, target)
+            return
+        dense = {"log_taylor": log_taylor, "log_spherical": lambda o, y: log_spherical(o, y, 0.1)}
+        exact = dense.get(loss, lambda o, y: nn.functional.cross_entropy(o, y, reduction="none"))(logits, target)
+        torch.testing.assert_close(scorer.nll(hidden, target).double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_an_adaptive_softmax() -> None:
+    torch.manual_seed(0)
+    head = nn.AdaptiveLogSoftmaxWithLoss(16, 200, [20, 60])
+    hidden, target = torch.randn(50, 16), torch.randint(200, (50,))
+    scorer = AdaptiveScorer(head, max_logits=999)
+    with torch.no_grad():
+        log_p = head.log_prob(hidden)
+        expected = 1 + (log_p > log_p.gather(1, target[:, None])).sum(1)
+        assert torch.equal(scorer.ranks(hidden, target), expected)
+        torch.testing.assert_close(-scorer.nll(hidden, target), log_p.gather(1, target[:, None])[:, 0])
+
+
+def test_cutoffs_of_the_adaptive_softmax() -> None:
+    assert cutoffs(793_471) == list(CUTOFFS) == cutoffs(640_001)
+    assert cutoffs(10_000) == [756, 1260, 8066]
+    for words in (2, 3, 5, 40, 1000):
+        found = cutoffs(words)
+        assert found == sorted(set(found)) and found[0] >= 1 and found[-1] < words
+
+
+def test_the_adaptive_head_counts_labels_as_the_models_of_transformers_do() -> None:
+    model = AdaptiveLlama(tiny("LlamaForCausalLM").config)
+    ids = torch.randint(4, 60, (2, 12))
+    labels = ids.clone()
+    labels[:, :5] = IGNORED
+    log_p = model(input_ids=ids).logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0][:, 4:]
+    torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, -log_p.mean())
+    torch.testing.assert_close(model(input_ids=ids, labels=labels, num_items_in_batch=20).loss, -log_p.sum() / 20)
+
+
+def test_sampled_softmax_is_right_on_average() -> None:
+    """Its normaliser has the softmax's as its mean; with many draws the loss and its gradient are those of softmax."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(40, 4, requires_grad=True)
+    labels = torch.randint(40, (6,))
+    rows = SampledSoftmax(samples=200_000)(xhead.LazyLogits(hidden, weight), labels)
+    # The target counts beside the draws with its own share, as if drawn exactly as often as expected.
+    ids = torch.arange(40)
+    drawn = SampledSoftmax.log_expected(ids, 200_000, 40).exp()
+    assert drawn.sum().item() == pytest.approx(200_000, rel=1e-5)
+    others = (hidden @ weight.T).exp().masked_fill(ids == labels[:, None], 0.0).sum(1)
+    own = (hidden * weight[labels]).sum(1).exp() / drawn[labels]
+    torch.testing.assert_close(rows, ((own + others) / own).log(), rtol=5e-3, atol=0)
+    exact = torch.autograd.grad(((own + others) / own).log().sum(), hidden)[0]
+    torch.testing.assert_close(torch.autograd.grad(rows.sum(), hidden)[0], exact, rtol=0.05, atol=0.02)
+
+
+def test_draws_are_log_uniform_and_repeat_with_the_seed() -> None:
+    first, second = SampledSoftmax(seed=3), SampledSoftmax(seed=3)
+    cpu = torch.device("cpu")
+    found = first.draw(100_000, 500, cpu)
+    assert torch.equal(found, second.draw(100_000, 500, cpu))
+    assert not torch.equal(found, first.draw(100_000, 500, cpu))
+    share = torch.bincount(found, minlength=500) / 100_000
+    expected = SampledSoftmax.log_expected(torch.arange(500), 1, 500).exp()
+    assert (share - expected).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("loss", ["zloss", "log_taylor"])
+def test_a_run_reports_errors_and_perplexity_only_of_probabilities(
+    text_folder: Path, tmp_path: Path, loss: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run(*parse_options(command(text_folder, tmp_path / "run", loss=loss, network="ngram", max_steps=40)))
+    errors = results["valid"]["top_k_errors"]
+    assert list(errors) == [str(k) for k in TOP] and list(errors.values()) == sorted(errors.values(), reverse=True)
+    assert 0 < errors["10"] < 0.7 and errors["50"] == 0  # 43 words
+    assert ("test" in results) == (results["valid"]["perplexity"] is not None) == (loss != "zloss")
+    assert re.search(r"valid +error top-1 \d+\.\d+%", capsys.readouterr().out)
+    assert results["patch"]["materialized"] == 0
+    if loss == "zloss":
+        logged = [entry["valid_top_1_error"] for entry in results["history"] if "valid_top_1_error" in entry]
+        assert logged[-1] == errors["1"]
+    else:
+        assert 1 < results["test"]["perplexity"] < 60
+
+
+def test_comparison(text_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ranking"
+    options = ["--methods", "cce,zloss,adaptive,sampled", "--method_options", '{"zloss": {"a": 0.5, "b": 3}}']
+    arguments = command(text_folder, output, *options, steps=6, seconds=0.05)
+    report = ranking.main(arguments)
+    assert json.loads((output / "ranking.json").read_text()) == report
+    assert (output / "ranking.png").stat().st_size > 1000
+    assert list(report["methods"]) == ["cce", "zloss", "adaptive", "sampled"]
+    for method, found in report["methods"].items():
+        assert found["at_steps"]["steps"] == 6
+        assert found["at_seconds"]["seconds"] >= 0.05
+        assert set(found["at_steps"]["errors"]) == {str(k) for k in TOP}
+        assert (found["at_steps"]["perplexity"] is None) == (method == "zloss")
+    assert report["methods"]["zloss"]["loss_options"] == {"a": 0.5, "b": 3}
+    table = (output / "ranking.md").read_text()
+    assert table.count("| zloss |") == 2 and "6 steps each" in table and not math.isnan(report["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "cce,nonsense"], "--loss is 'nonsense'"),
+        (["--method_options", '{"mse": {}}'], "--method_options names mse, but --methods are cce, zloss"),
+        (["--method_options", "{"], "which is not JSON"),
+        (["--steps", "0"], "--steps is 0"),
+    ],
+)
+def test_bad_comparisons_are_clear_errors(
+    text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ranking.main([*command(text_folder, tmp_path / "ranking"), *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
