@@ -188,6 +188,51 @@ def test_gradients_that_are_not_the_heads():
     assert not head(hidden.detach(), classes).requires_grad
 
 
+def test_a_pass_for_hidden_alone_does_not_count_in_the_next():
+    head = make()
+    hidden, classes = batch(8)
+    head(hidden, classes).backward()
+    norm = head.grad_norm().clone()
+    head.zero_grad()
+    torch.autograd.grad(head(hidden, classes), hidden)
+    head(hidden, classes).backward()
+    assert head.grad_norm() == norm
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    heads = [make(), make()]
+    heads[1].load_state_dict(heads[0].state_dict())
+    (first, classes), (second, others) = batch(8), batch(5)
+    (heads[0](first, classes) + heads[0](second, others)).backward()
+    losses = [checkpoint(heads[1], *each, use_reentrant=reentrant) for each in ((first, classes), (second, others))]
+    sum(losses).backward()
+    assert relative_error(heads[1].grad_norm(), heads[0].grad_norm()) < 1e-12
+    for head in heads:
+        head.step(2.0)
+    assert relative_error(heads[1].dense(), heads[0].dense()) < 1e-12
+
+
+def test_twice_through_one_graph():
+    head = make()
+    hidden, classes = batch(8)
+    loss = head(hidden, classes)
+    loss.backward(retain_graph=True)
+    norm = head.grad_norm().clone()
+    loss.backward()
+    assert relative_error(head.grad_norm(), 2 * norm) < 1e-12
+
+
+@members
+def test_gradcheck(name, options, definition):
+    head = make(name, options, classes=9, size=4)
+    hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[0, 4], [8, -100], [3, 3]])
+    torch.autograd.gradcheck(lambda hidden: head(hidden, labels, reduction="none"), (hidden,))
+
+
 def test_the_gradient_after_zero_grad_is_the_new_one_alone():
     head = make()
     first, second = batch(4), batch(6)

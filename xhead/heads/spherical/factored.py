@@ -22,7 +22,7 @@ BLOCK_NUMBERS = 2**20  # how many numbers a temporary of V or of K rows may hold
 
 
 class Products(NamedTuple):
-    """Products of hidden states (n, D) with the state: columns of one matrix (n, 3 D + 2)."""
+    """Products of hidden states (n, D) with the state: columns of one matrix."""
 
     covariance: Tensor  # (n, D) H C
     mixed: Tensor  # (n, D) H U'
@@ -31,11 +31,15 @@ class Products(NamedTuple):
     offset: Tensor  # (n,) H omega
 
 
-def split(products: Tensor) -> Products:
-    """The columns of `hidden @ core` by name. products: (n, 3 D + 2)"""
-    size = products.shape[1] // 3
-    covariance, mixed, inverse, last = products.split((size, size, size, 2), dim=1)
-    return Products(covariance, mixed, inverse, *last.unbind(1))
+def split(products: Tensor, size: int) -> Products:
+    """The columns of `hidden @ core` by name. products: (n, width), size: D"""
+    covariance, mixed, inverse, last = products.split((size, size, size, products.shape[1] - 3 * size), dim=1)
+    return Products(covariance, mixed, inverse, last[:, 0], last[:, 1])
+
+
+def core_width(size: int) -> int:
+    """3 D + 2 columns, and zeros up to a multiple of 16: unaligned rows make its products take nearly twice as long."""
+    return -(-(3 * size + 2) // 16) * 16
 
 
 @dataclass
@@ -58,8 +62,8 @@ class Condition:
 class FactoredWeight(nn.Module):
     """The state. Its buffers are not parameters: no optimiser may hold them.
 
-    `factor`: F (V, D). `core`: (D, 3 D + 2), the columns `[C | U' | U^-1 | mean_row | omega]` side by side, so that one
-    product with hidden states gives all that a step needs of them, and one product updates all of it.
+    `factor`: F (V, D). `core`: (D, width), the columns `[C | U' | U^-1 | mean_row | omega | 0]` side by side, so that
+    one product with hidden states gives all that a step needs of them, and one product updates all of it.
     C is the covariance `1/V sum_k (w_k - mean_row)(w_k - mean_row)'`.
 
     weight: (V, D), contiguous, which becomes F itself and is changed by the steps.
@@ -79,7 +83,7 @@ class FactoredWeight(nn.Module):
                 "features (the bias counts as one); use torch.nn.Linear for so few classes"
             )
         self.register_buffer("factor", weight)
-        self.register_buffer("core", weight.new_zeros(size, 3 * size + 2))
+        self.register_buffer("core", weight.new_zeros(size, core_width(size)))
         self.condition = Condition()
         self.reset_factors()
         self.refresh()
@@ -107,12 +111,12 @@ class FactoredWeight(nn.Module):
 
     @property
     def mean_row(self) -> Tensor:
-        return self.core[:, -2]
+        return self.core[:, 3 * self.size]
 
     @property
     def offset(self) -> Tensor:
         """omega, a view."""
-        return self.core[:, -1]
+        return self.core[:, 3 * self.size + 1]
 
     @torch.no_grad()
     def reset_factors(self) -> None:
@@ -174,8 +178,8 @@ class FactoredWeight(nn.Module):
         return weight
 
     def scores(self, products: Tensor, classes: Tensor) -> Tensor:
-        """Scores of the given classes. products: `hidden @ core` (n, 3 D + 2), classes: (n, K) -> (n, K)"""
-        parts = split(products)
+        """Scores of the given classes. products: `hidden @ core`, classes: (n, K) -> (n, K)"""
+        parts = split(products, self.size)
         scores = products.new_empty(classes.shape)
         for rows in self._row_blocks(classes):
             gathered = self.factor[classes[rows]]  # (., K, D)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from xhead.heads.spherical.factored import FactoredWeight
@@ -16,6 +17,7 @@ class Gradient:
 
     def __init__(self) -> None:
         self._arrived: list[RowGradients] = []
+        self._pass = -1
         self._clear()
 
     def _clear(self) -> None:
@@ -24,12 +26,22 @@ class Gradient:
         self._version = -1
 
     def arrive(self, gradients: RowGradients) -> None:
-        """Rows from within a backward pass; they count once `proxy` has its gradient of that pass."""
+        """Rows from within a backward pass; they count once `proxy` has its gradient of that same pass.
+
+        A pass for other gradients alone (`torch.autograd.grad`) never gives it one.
+        """
+        self._keep_to_this_pass()
         self._arrived.append(gradients)
+
+    def _keep_to_this_pass(self) -> None:
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:
+            self._arrived, self._pass = [], current
 
     def settle(self, weight: FactoredWeight, proxy: Tensor) -> None:
         """After a backward pass: add what has arrived, and write the norm of all into `proxy.grad`."""
         assert proxy.grad is not None
+        self._keep_to_this_pass()
         arrived, self._arrived = self._arrived, []
         before = self.scale(proxy)
         if self._step is not None and before:

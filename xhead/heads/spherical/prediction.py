@@ -25,7 +25,7 @@ class Prediction(nn.Module):
         features = self._features(hidden)
         with torch.autocast(features.device.type, enabled=False):
             products = features @ self.weight.core
-        return features, split(products)
+        return features, split(products, self.weight.size)
 
     @torch.no_grad()
     def scores(self, hidden: Tensor, classes: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class SphericalRows(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, proxy: Tensor, head: SphericalHead, targets: Targets) -> Tensor:
         weight, loss = head.weight, head.loss
         products = hidden @ weight.core
-        parts = split(products)
+        parts = split(products, weight.size)
         variance = torch.linalg.vecdot(parts.covariance, hidden).clamp_(min=0)
         target = weight.scores(products, targets.classes)
         rows = loss.rows(parts.mean, variance, target, weight.classes, targets.values)
@@ -50,10 +50,10 @@ class SphericalRows(torch.autograd.Function):
                 "the head has been updated or loaded since this loss was computed: call backward() before "
                 "optimizer.step(), and compute the loss again after it"
             )
-        mean = split(products).mean
+        mean = split(products, weight.size).mean
         slopes = head.loss.slopes(mean, variance, target, weight.classes, targets.values)
         slopes = Slopes(slopes.mean * upstream, slopes.variance * upstream, slopes.target * upstream[:, None])
-        gradients, of_hidden = row_gradients(weight, hidden, products, targets.classes, slopes)
+        gradients, of_hidden = row_gradients(weight, hidden.detach(), products, targets.classes, slopes)
         if not ctx.needs_input_grad[1]:
             return of_hidden, None, None, None
         head.gradient.arrive(gradients)

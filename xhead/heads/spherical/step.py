@@ -22,8 +22,8 @@ class RowGradients:
     """The gradient of W from n rows, in the terms it is made of: about 5 D numbers a row."""
 
     hidden: Tensor  # (n, D)
-    products: Tensor  # (n, 3 D + 2) hidden @ core
-    residual: Tensor  # (n, D) sum_c gamma_c (w_c - mean_row)
+    products: Tensor  # (n, width) hidden @ core
+    centred: Tensor  # (n, D) Delta (W - 1 mean_row')
     classes: Tensor  # (n, K)
     gamma: Tensor  # (n, K)
     variance: Tensor  # (n,) the loss's derivative by the variance of the scores
@@ -31,12 +31,7 @@ class RowGradients:
 
     @property
     def parts(self) -> Products:
-        return split(self.products)
-
-    @property
-    def centred(self) -> Tensor:
-        """`Delta (W - 1 mean_row')`, (n, D)."""
-        return torch.addcmul(self.residual, self.parts.covariance, self.variance[:, None], value=2)
+        return split(self.products, self.hidden.shape[1])
 
     @property
     def total(self) -> Tensor:
@@ -47,7 +42,7 @@ class RowGradients:
         return RowGradients(
             self.hidden,
             self.products,
-            self.residual * factor,
+            self.centred * factor,
             self.classes,
             self.gamma * factor,
             self.variance * factor,
@@ -69,16 +64,17 @@ class RowGradients:
 def row_gradients(
     weight: FactoredWeight,
     hidden: Tensor,  # (n, D)
-    products: Tensor,  # (n, 3 D + 2)
+    products: Tensor,  # (n, width) hidden @ core
     classes: Tensor,  # (n, K)
     slopes: Slopes,
 ) -> tuple[RowGradients, Tensor]:
     """The gradient of W in its terms, and that of the hidden states, `Delta W` (n, D)."""
     gamma = slopes.target
-    residual = weight.weighted_rows(classes, gamma) @ weight.mixing
-    residual.addr_(gamma.sum(1), weight.offset - weight.mean_row)
-    gradients = RowGradients(hidden, products, residual, classes, gamma, slopes.variance, slopes.mean)
-    return gradients, gradients.centred.addr_(gradients.total, weight.mean_row)
+    centred = torch.mm(weight.weighted_rows(classes, gamma), weight.mixing)
+    centred.addr_(gamma.sum(1), weight.offset - weight.mean_row)
+    centred.addcmul_(split(products, weight.size).covariance, slopes.variance[:, None], value=2)
+    gradients = RowGradients(hidden, products, centred, classes, gamma, slopes.variance, slopes.mean)
+    return gradients, torch.addr(centred, gradients.total, weight.mean_row)
 
 
 class Step(ABC):
@@ -126,7 +122,7 @@ class RowStep(Step):
         super().__init__(weight, gradients)
         hidden, classes = gradients.hidden, weight.classes
         self.gram = hidden @ hidden.T
-        half = torch.addcmul(gradients.residual, gradients.parts.covariance, gradients.variance[:, None])
+        half = torch.addcmul(gradients.centred, gradients.parts.covariance, gradients.variance[:, None], value=-1)
         inner = (hidden @ half.T).mul_(self.alpha2[:, None])
         summed = gradients.gamma.sum(1)
         # Delta Delta' of the centred gradients, without what targets that are the same class add to it.
@@ -147,8 +143,8 @@ class RowStep(Step):
         weight, gradients = self.weight, self.gradients
         hidden, classes = gradients.hidden, weight.classes
         parts, shrink = gradients.parts, rate * self.alpha2
-        change = torch.empty_like(gradients.products)
-        into = split(change)
+        change = torch.zeros_like(gradients.products)
+        into = split(change, weight.size)
         second = self._times_targets().addmm_(self.inner, hidden)
         torch.add(gradients.centred, second, alpha=-rate / 2, out=into.covariance).mul_(-2 * rate / classes)
         torch.mul(parts.mixed, -shrink[:, None], out=into.mixed)
@@ -157,8 +153,6 @@ class RowStep(Step):
             solved = torch.linalg.inv(_identity(hidden, len(hidden)).addcmul_(self.gram, shrink, value=-1))
             rows = solved @ parts.inverse
             torch.mul(rows, shrink[:, None], out=into.inverse)
-        else:
-            into.inverse.zero_()
         torch.mul(gradients.total, -rate / classes, out=into.mean)
         torch.mul(self._offset_change(), -rate, out=into.offset)
         weight.core.addmm_(hidden.T, change)
@@ -182,10 +176,8 @@ class FeatureStep(Step):
         super().__init__(weight, gradients)
         hidden, classes = gradients.hidden, weight.classes
         self.second_moment = hidden.T @ (hidden * self.alpha2[:, None])
-        residual = gradients.residual.T @ hidden
-        product = torch.addmm(residual, weight.covariance, self.second_moment, beta=1, alpha=classes)
-        half = torch.lerp(residual, product, 0.5)
-        self.cross = product
+        self.cross = gradients.centred.T @ hidden
+        half = torch.addmm(self.cross, weight.covariance, self.second_moment, alpha=-classes / 2)
         square = self.second_moment @ half
         summed = gradients.gamma.sum(1) @ hidden
         square = (square + square.T).addmm_(self.target_rows.T, self.target_rows)
