@@ -9,7 +9,7 @@ import sys
 
 from recipes.one_billion_word.errors import RecipeError
 
-MODELS = {  # a name, and the module whose `run` takes the other arguments; imported only when chosen
+MODELS = {  # a name, and the module whose `run(name, other arguments)` is called; imported only when chosen
     "linear": "recipes.extreme_classification.linear",
 }
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if chosen.model not in MODELS:
             raise RecipeError(f"--model is {chosen.model!r}; known: {', '.join(MODELS)}")
-        importlib.import_module(MODELS[chosen.model]).run(rest)
+        importlib.import_module(MODELS[chosen.model]).run(chosen.model, rest)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -53,8 +53,8 @@ class LinearOptions:
             raise RecipeError(f"--cost is {self.cost}, --smallest_weight {self.smallest_weight}; they must be positive")
 
 
-def run(arguments: list[str]) -> dict[str, Any]:
-    """Train, predict, report.
+def run(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Train, predict, report; the model is called by `name` there.
 
     Returns:
         What is written to results.json.
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     """
     parser = HfArgumentParser(
         (DataOptions, LinearOptions),  # pyright: ignore
-        prog="python -m recipes.extreme_classification --model linear",
+        prog=f"python -m recipes.extreme_classification --model {name}",
         allow_abbrev=False,
     )
     data, options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     predictions = model.predict(features.test, ranks_needed(splits))
     seconds = {"train": trained - started, "predict": time.perf_counter() - trained}
     results = write_evaluation(
-        measure(splits, predictions), Path(options.output_dir), model="linear", options=asdict(options), seconds=seconds
+        measure(splits, predictions), Path(options.output_dir), model=name, options=asdict(options), seconds=seconds
     )
     print(f"seconds: {seconds['train']:.1f} training, {seconds['predict']:.1f} prediction")
     return results
