@@ -1,0 +1,6 @@
+"""Prediction over all classes without N x V numbers: the best classes, ranks, and a temperature for scores."""
+
+from xhead.retrieval.temperature import fit_inverse_temperature
+from xhead.retrieval.topk import TopK, ranks, topk
+
+__all__ = ["TopK", "fit_inverse_temperature", "ranks", "topk"]

@@ -1,0 +1,158 @@
+"""Exact best classes and ranks of scores `o = hidden @ weight.T`, a block of classes at a time."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xhead.statistics import check_range
+
+SCORES_AT_ONCE = 2**22
+
+Order = Callable[[Tensor], Tensor]  # elementwise: scores are compared by what it makes of them
+
+
+class TopK(NamedTuple):
+    """The best classes of each row, the best first, and their scores: (..., k) both."""
+
+    scores: Tensor
+    classes: Tensor
+
+
+@torch.no_grad()
+def topk(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    k: int,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    offset: Tensor | None = None,  # (...)
+    order: Order | None = None,
+    block: int = 8192,
+) -> TopK:
+    """The k classes with the largest `o_k = hidden . w_k + bias_k + offset`, exact, in O(block) memory a row.
+
+    Which of equal scores comes first, or is the last one in, is not specified.
+
+    Args:
+        offset: a number a row, added to all its scores.
+        order: an elementwise function; classes are compared by `order(o)`, and `o` is returned.
+        block: how many classes are scored at a time.
+
+    Raises:
+        ValueError: k outside `[1, V]`, or a block below 1.
+        RuntimeError: shapes that do not fit together.
+    """
+    classes = weight.shape[0]
+    if not 1 <= k <= classes:
+        raise ValueError(f"k must be from 1 to the number of classes, {classes}, got {k}")
+    found = []
+    for rows, shift, _ in _row_blocks(hidden, weight, offset, None, block):
+        best_key = best_score = best_class = None
+        for start, scores in _scores(rows, shift, weight, bias, block):
+            key = scores if order is None else order(scores)
+            keys, places = key.topk(min(k, key.shape[1]), dim=1)
+            chosen = keys if order is None else scores.gather(1, places)
+            indices = places + start
+            if best_key is not None and best_score is not None and best_class is not None:
+                keys = torch.cat([best_key, keys], 1)
+                chosen = torch.cat([best_score, chosen], 1)
+                indices = torch.cat([best_class, indices], 1)
+                keys, places = keys.topk(min(k, keys.shape[1]), dim=1)
+                chosen, indices = chosen.gather(1, places), indices.gather(1, places)
+            best_key, best_score, best_class = keys, chosen, indices
+        found.append((best_score, best_class))
+    shape = (*hidden.shape[:-1], k)
+    if not found:
+        return TopK(hidden.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=hidden.device))
+    scores, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return TopK(scores.reshape(shape), indices.reshape(shape))
+
+
+TIES = {"best": 0.0, "mean": 0.5, "worst": 1.0}
+
+
+@torch.no_grad()
+def ranks(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    offset: Tensor | None = None,  # (...)
+    order: Order | None = None,
+    ties: str = "worst",
+    block: int = 8192,
+) -> Tensor:
+    """The target's place among all classes, 1 the best: `1 + #{k: o_k > o_y} + t #{k != y: o_k = o_y}`, (...).
+
+    Args:
+        ties: what equal scores count for: `"best"` t = 0, `"mean"` t = 1/2, `"worst"` t = 1, so that scores which are
+            all the same rank the target last. int64, for `"mean"` float32.
+        bias, offset, order, block: as in `topk`.
+
+    Raises:
+        ValueError: unknown ties, or a block below 1.
+        IndexError: a target outside `[0, V)`.
+        RuntimeError: shapes that do not fit together.
+    """
+    if ties not in TIES:
+        raise ValueError(f"ties must be one of {', '.join(TIES)}, got {ties!r}")
+    if target.shape != hidden.shape[:-1]:
+        raise RuntimeError(f"target must be {tuple(hidden.shape[:-1])}, a class a row, got {tuple(target.shape)}")
+    check_range("target", target, weight.shape[0])
+    found = []
+    for rows, shift, wanted in _row_blocks(hidden, weight, offset, target, block):
+        assert wanted is not None
+        own = (rows * weight[wanted]).sum(1)
+        own = own if bias is None else own + bias[wanted]
+        own = own if shift is None else own + shift
+        own = (own if order is None else order(own))[:, None]
+        above = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        equal = torch.zeros_like(above)
+        for start, scores in _scores(rows, shift, weight, bias, block):
+            key = scores if order is None else order(scores)
+            # The target itself is in one of the blocks, maybe rounded otherwise there: it does not compete.
+            here = (wanted >= start) & (wanted < start + key.shape[1])
+            place = (wanted - start)[here, None]
+            key = key.contiguous()
+            key[here] = key[here].scatter(1, place, -torch.inf)
+            above += (key > own).sum(1)
+            equal += (key == own).sum(1)
+        found.append(1 + above + (TIES[ties] * equal if ties == "mean" else int(TIES[ties]) * equal))
+    dtype = torch.float32 if ties == "mean" else torch.int64
+    joined = torch.cat(found) if found else torch.empty(0, device=hidden.device)
+    return joined.to(dtype).reshape(target.shape)
+
+
+def _row_blocks(
+    hidden: Tensor, weight: Tensor, offset: Tensor | None, target: Tensor | None, block: int
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    if block < 1:
+        raise ValueError(f"block must be at least 1 class, got {block}")
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"hidden (..., D) and weight (V, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if offset is not None and offset.shape != hidden.shape[:-1]:
+        raise RuntimeError(f"offset must be {tuple(hidden.shape[:-1])}, a number a row, got {tuple(offset.shape)}")
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    step = max(1, SCORES_AT_ONCE // min(block, weight.shape[0]))
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
+        yield (
+            flat[rows],
+            None if offset is None else offset.reshape(-1)[rows],
+            None if target is None else target.reshape(-1)[rows].long(),
+        )
+
+
+def _scores(
+    hidden: Tensor, offset: Tensor | None, weight: Tensor, bias: Tensor | None, block: int
+) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, weight.shape[0], block):
+        part = slice(start, start + block)
+        scores = hidden @ weight[part].T
+        scores = scores if bias is None else scores.add_(bias[part])
+        yield start, scores if offset is None else scores.add_(offset[:, None])
