@@ -32,7 +32,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """DEXML's settings (arXiv 2310.10636, configurations of the public code); with them goes `_ALL_PRESETS`."""
 
 _ALL_PRESETS: dict[str, Any] = {
-    "model": "dual_encoder",
     "loss": "decoupled_softmax",
     "encoder": "distilbert-base-uncased",
     "pooling": "cls",
@@ -86,11 +85,14 @@ class NeuralOptions:
     warmup: float = field(default=0.1, metadata={"help": "Share of the steps; then the rate falls to 0, linearly."})
     dropout: float = field(default=0.1, metadata={"help": "Of the encoder."})
     held_out: float = field(default=0.05, metadata={"help": "Share of the training documents to stop early by."})
-    patience: int = field(default=4, metadata={"help": "Epochs without a better P@5 before training stops."})
+    patience: int = field(default=4, metadata={"help": "Epochs without a better nDCG@5 before training stops."})
     preset: str | None = field(
         default=None, metadata={"help": f"Published settings: {', '.join(PRESETS)}. Other options win over it."}
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last whole epoch in --output."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "For the model and the report. Default: runs/extreme_classification_MODEL."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last whole epoch in --output_dir."})
     seed: int = field(default=0, metadata={"help": "Of everything that is drawn."})
 
     def __post_init__(self) -> None:
@@ -122,7 +124,7 @@ class NeuralOptions:
 
 
 def preset_defaults(name: str | None) -> dict[str, Any]:
-    """The options that a preset sets, `model` among them. Raises RecipeError for an unknown one."""
+    """The options that a preset sets. Raises RecipeError for an unknown one."""
     if name is None:
         return {}
     if name not in PRESETS:

@@ -25,7 +25,7 @@ from xhead.retrieval import topk
 DESCRIPTION, VECTORS, LABEL_TEXTS = "options.json", "labels.safetensors", "labels.txt"
 
 
-def run(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -> dict[str, Any]:
+def run_model(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -> dict[str, Any]:
     """Train on the training split, export the best model to the folder, and measure it on the test split.
 
     Args:
@@ -48,12 +48,16 @@ def run(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -> dict
     torch.manual_seed(options.seed)
     folder.mkdir(parents=True, exist_ok=True)
     label_texts = train.label_texts
-    tokenizer = make_tokenizer(options, [*train.texts, *(label_texts or ())])
+    kept = folder / "tokenizer"
+    if options.resume and kept.is_dir():  # a tokenizer trained again may number its tokens otherwise
+        tokenizer = AutoTokenizer.from_pretrained(kept)
+    else:
+        tokenizer = make_tokenizer(options, [*train.texts, *(label_texts or ())])
+        tokenizer.save_pretrained(kept)
     label_inputs = None
     if kind == DUAL_ENCODER and label_texts is not None:
         label_inputs = tokenize(tokenizer, label_texts, options.max_length)
     model = XmcModel(kind, make_encoder(options, tokenizer), options, train.shape[1], label_inputs)
-    tokenizer.save_pretrained(folder / "tokenizer")
     (folder / DESCRIPTION).write_text(json.dumps({"kind": kind, "labels": train.shape[1], **asdict(options)}, indent=1))
     if label_texts is not None:
         (folder / LABEL_TEXTS).write_text("".join(" ".join(text.split()) + "\n" for text in label_texts))
@@ -82,7 +86,7 @@ class Predictor:
     def __init__(self, folder: Path):
         """Raises RecipeError where the folder holds no exported model."""
         if not (folder / VECTORS).is_file():
-            raise RecipeError(f"{folder} holds no {VECTORS}: train a model with --output {folder} first")
+            raise RecipeError(f"{folder} holds no {VECTORS}: train a model with --output_dir {folder} first")
         description = json.loads((folder / DESCRIPTION).read_text())
         kind, labels = description.pop("kind"), description.pop("labels")
         self.options = NeuralOptions(**description)

@@ -76,13 +76,13 @@ class Training:
             self._load()
         while self.epoch < self.options.epochs and self.waited < self.options.patience:
             loss = self._train_epoch()
-            precision = self.precision(self.held_out)
+            quality = self.quality(self.held_out)
             self.epoch += 1
-            self.history.append({"epoch": self.epoch, "loss": loss, "held_out_P@5": precision})
-            print(f"epoch {self.epoch}: loss {loss:.4f}, held-out P@5 {100 * precision:.2f}", flush=True)
+            self.history.append({"epoch": self.epoch, "loss": loss, "held_out_nDCG@5": quality})
+            print(f"epoch {self.epoch}: loss {loss:.4f}, held-out nDCG@5 {100 * quality:.2f}", flush=True)
             self.waited += 1
-            if precision > self.best:
-                self.best, self.waited = precision, 0
+            if quality > self.best:
+                self.best, self.waited = quality, 0
                 save_model(self.model, str(self.folder / BEST))
             self._save()
         load_model(self.model, str(self.folder / BEST))
@@ -139,11 +139,16 @@ class Training:
             right = self.train.padded_labels()
             self.hard = hard_negatives(self.document_vectors, self.model.label_vectors(), right, count)
 
-    def precision(self, documents: Documents, k: int = 5) -> float:
-        """P@k."""
+    def quality(self, documents: Documents, k: int = 5) -> float:
+        """nDCG@k, over the documents that have a label."""
+        right = documents.padded_labels()
         found = predict(self.model, documents.inputs, min(k, documents.labels.shape[1]))[1]  # pyright: ignore
-        right = (found[:, :, None] == documents.padded_labels()[:, None, :]).any(-1)
-        return right.float().sum(1).mean().item() / k
+        gains = (found[:, :, None] == right[:, None, :]).any(-1) / torch.arange(2.0, found.shape[1] + 2).log2()
+        ideal = (1 / torch.arange(2.0, found.shape[1] + 2).log2()).cumsum(0)
+        counts = (right >= 0).sum(1).clamp(max=found.shape[1])
+        labelled = counts > 0
+        shares = gains.sum(1)[labelled] / ideal[counts[labelled] - 1]
+        return shares.mean().item() if len(shares) else 0.0
 
     def _save(self) -> None:
         state = {
