@@ -79,8 +79,8 @@ def table(evaluation: Evaluation) -> str:
     about = evaluation.about
     lines = [
         f"{about['data']}: {about['train_documents']:,} + {about['test_documents']:,} documents, "
-        f"{about['labels']:,} labels, {about['labels_per_train_document']:.2f} a document; propensities A = {about['propensity']['A']}, "
-        f"B = {about['propensity']['B']}",
+        f"{about['labels']:,} labels, {about['labels_per_train_document']:.2f} a document; "
+        f"propensities A = {about['propensity']['A']}, B = {about['propensity']['B']}",
         "",
     ]
     for name in ("P", "nDCG", "PSP", "PSnDCG", "recall"):

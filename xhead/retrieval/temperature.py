@@ -42,19 +42,22 @@ def fit_inverse_temperature(
             (gradient,) = torch.autograd.grad((found.lse - found.target).mean(), scale)
         return float(gradient)
 
+    # Below this, a slope is rounding: a softmax that is all on one class has none.
+    level = torch.finfo(hidden.dtype).eps * float((hidden * weight[target]).sum(-1).abs().mean())
     low, high = 1.0, 1.0
     at_low = at_high = slope(1.0)
-    while at_high < 0 and high < LARGEST:
+    while at_high < level and high < LARGEST:
         low, at_low, high = high, at_high, 4 * high
         at_high = slope(high)
-    while at_low > 0 and low > 1 / LARGEST:
+    while at_low > -level and low > 1 / LARGEST:
         high, at_high, low = low, at_low, low / 4
         at_low = slope(low)
-    if at_low > 0 or at_high < 0:
-        place = "below their rows' mean" if at_low > 0 else "above all others"
+    flat = at_low > -level
+    if flat or at_high < level:
+        place = "below their rows' mean" if flat else "above all others"
         raise ValueError(
             f"no temperature fits: the targets' scores lie {place}, so the likelihood is largest at an inverse "
-            f"temperature {'of 0' if at_low > 0 else 'without bound'}; fit on held-out rows of a trained head"
+            f"temperature {'of 0' if flat else 'without bound'}; fit on held-out rows of a trained head"
         )
     return _root(slope, low, at_low, high, at_high, tolerance)
 

@@ -1,0 +1,186 @@
+"""The opponent that a neural model must beat: one linear classifier a label on bags of words.
+
+    shortlist      the labels with the largest cosine between a document and the label's centroid: the mean of its
+                   training documents and of its own text, cut to its largest features
+    classifiers    L2-regularised squared hinge, one against the hard rest: the positives of a label and its text
+                   against documents that have it in their shortlist, and a few random ones
+    score          exp(-max(1 - o, 0)^2) times that cosine, o the classifier's output
+
+So a label that never occurs in training can be predicted by its text. Hard negatives by a shortlist are those of Slice
+(WSDM 2019), products of the two scores those of XR-Linear (arXiv 2010.05878), small weights are dropped as in DiSMEC
+(arXiv 1609.02521).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csc_matrix, csr_matrix, vstack
+from sklearn.preprocessing import normalize
+from sklearn.svm import LinearSVC
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from recipes.extreme_classification.evaluation import measure, ranks_needed, write_evaluation
+from recipes.extreme_classification.features import Features, make_features
+from recipes.extreme_classification.options import DataOptions, load_data
+from recipes.one_billion_word.errors import RecipeError
+
+BLOCK = 512  # documents scored at a time: (BLOCK, labels) numbers in memory
+
+
+@dataclass
+class LinearOptions:
+    """The classifiers."""
+
+    output_dir: str = field(default="runs/extreme_classification_linear", metadata={"help": "For the report."})
+    characters: int = field(default=5, metadata={"help": "Length of character n-grams as features; 0 for none."})
+    centroid_features: int = field(default=200, metadata={"help": "Keep so many features of a label's centroid."})
+    negatives: int = field(default=50, metadata={"help": "A training document is a negative of so many labels."})
+    cost: float = field(default=1.0, metadata={"help": "C of the support vector machines."})
+    smallest_weight: float = field(default=0.02, metadata={"help": "Smaller weights of a classifier are dropped."})
+    seed: int = field(default=0, metadata={"help": "For the random negatives."})
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("characters", 0), ("centroid_features", 1), ("negatives", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise RecipeError(f"--{name} is {getattr(self, name)}; it must be at least {minimum}")
+        if not self.cost > 0 or self.smallest_weight < 0:
+            raise RecipeError(f"--cost is {self.cost}, --smallest_weight {self.smallest_weight}; they must be positive")
+
+
+def run(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Train, predict, report; the model is called by `name` there.
+
+    Returns:
+        What is written to results.json.
+
+    Raises:
+        RecipeError: an option or the data cannot be used.
+    """
+    parser = HfArgumentParser(
+        (DataOptions, LinearOptions),  # pyright: ignore
+        prog=f"python -m recipes.extreme_classification --model {name}",
+        allow_abbrev=False,
+    )
+    data, options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
+    splits = load_data(data)
+    started = time.perf_counter()
+    features = make_features(splits, options.characters)
+    model = LinearModel(features, splits.train.labels, options)
+    trained = time.perf_counter()
+    predictions = model.predict(features.test, ranks_needed(splits))
+    seconds = {"train": trained - started, "predict": time.perf_counter() - trained}
+    results = write_evaluation(
+        measure(splits, predictions), Path(options.output_dir), model=name, options=asdict(options), seconds=seconds
+    )
+    print(f"seconds: {seconds['train']:.1f} training, {seconds['predict']:.1f} prediction")
+    return results
+
+
+class LinearModel:
+    """Centroids and classifiers.
+
+    Args:
+        features: of training documents and labels.
+        labels: the label matrix of training, (documents, labels).
+        options: how.
+    """
+
+    def __init__(self, features: Features, labels: csr_matrix, options: LinearOptions) -> None:
+        sums = labels.astype(bool).astype(np.float32).T @ features.train + features.labels
+        self._centroids = _largest(csr_matrix(normalize(csr_matrix(sums))), options.centroid_features)
+        nearest, _ = self._shortlist(features.train, min(options.negatives, labels.shape[1]))  # pyright: ignore
+        self._weights, self._biases = _classifiers(features, labels, nearest, options)
+
+    def predict(self, documents: csr_matrix, k: int) -> np.ndarray:
+        """The k best labels of each document, the best first: (documents, k)."""
+        shortlist, cosines = self._shortlist(documents, k)
+        outputs = np.concatenate(
+            [
+                np.take_along_axis((documents[part] @ self._weights.T).toarray(), shortlist[part], axis=1)
+                for part in _blocks(documents, "classifying")
+            ]
+        )
+        margins = np.maximum(1 - outputs - self._biases[shortlist], 0)
+        order = np.argsort(-np.exp(-(margins**2)) * cosines, axis=1, kind="stable")
+        return np.take_along_axis(shortlist, order, axis=1)
+
+    def _shortlist(self, documents: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k labels whose centroids are nearest, and their cosines, the largest first: (documents, k) both."""
+        found = []
+        transposed = csr_matrix(self._centroids.T)
+        for part in _blocks(documents, "shortlists"):
+            scores = (documents[part] @ transposed).toarray()
+            labels = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+            cosines = np.take_along_axis(scores, labels, axis=1)
+            order = np.argsort(-cosines, axis=1, kind="stable")
+            found.append((np.take_along_axis(labels, order, axis=1), np.take_along_axis(cosines, order, axis=1)))
+        labels, cosines = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return labels, cosines
+
+
+def _classifiers(
+    features: Features, labels: csr_matrix, nearest: np.ndarray, options: LinearOptions
+) -> tuple[csr_matrix, np.ndarray]:
+    """One classifier a label: weights (labels, F) and biases (labels,)."""
+    documents, label_count = labels.shape  # pyright: ignore
+    generator = np.random.default_rng(options.seed)
+    positives_of = csc_matrix(labels)
+    starts = np.arange(0, nearest.size + 1, nearest.shape[1])
+    near = csc_matrix(csr_matrix((np.ones(nearest.size, bool), nearest.ravel(), starts), shape=labels.shape))
+    samples = csr_matrix(vstack([features.train, features.labels]))
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    biases = np.zeros(label_count)
+    for label in tqdm(range(label_count), desc="classifiers", delay=3, disable=None):
+        positives = _column(positives_of, label)
+        negatives = np.setdiff1d(_column(near, label), positives)
+        most = max(200, 10 * len(positives))
+        if len(negatives) > most:
+            negatives = generator.choice(negatives, most, replace=False)
+        random = np.setdiff1d(generator.integers(documents, size=20), positives)
+        negatives = np.union1d(negatives, random)
+        positives = np.append(positives, documents + label)  # its own text
+        weights, biases[label] = _fit(samples[np.concatenate([positives, negatives])], len(positives), options)
+        rows.append(weights)
+    starts = np.cumsum([0, *(len(columns) for columns, _ in rows)])
+    columns, values = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    return csr_matrix((values, columns, starts), shape=(label_count, samples.shape[1])), biases  # pyright: ignore
+
+
+def _fit(samples: csr_matrix, positives: int, options: LinearOptions) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+    """Columns and values of a classifier's weights, and its bias; the first rows of the samples are the positives."""
+    used, places = np.unique(samples.indices, return_inverse=True)
+    rows = samples.shape[0]  # pyright: ignore
+    if not len(used) or positives == rows:  # nothing to tell apart
+        return (used[:0], np.zeros(0, np.float32)), 1.0
+    compact = csr_matrix((samples.data, places, samples.indptr), shape=(rows, len(used)))
+    machine = LinearSVC(C=options.cost, tol=0.1, dual=True, random_state=options.seed)  # pyright: ignore
+    machine.fit(compact, np.arange(rows) < positives)
+    weights = machine.coef_[0]
+    kept = np.abs(weights) >= options.smallest_weight
+    return (used[kept], weights[kept].astype(np.float32)), float(machine.intercept_[0])  # pyright: ignore
+
+
+def _largest(matrix: csr_matrix, most: int) -> csr_matrix:
+    """The largest entries of each row, at most so many."""
+    counts = np.diff(matrix.indptr)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((np.negative(matrix.data), rows))
+    kept = order[np.arange(len(rows)) - matrix.indptr[rows] < most]
+    return csr_matrix((matrix.data[kept], (rows[kept], matrix.indices[kept])), shape=matrix.shape)
+
+
+def _column(matrix: csc_matrix, column: int) -> np.ndarray:
+    return matrix.indices[matrix.indptr[column] : matrix.indptr[column + 1]]
+
+
+def _blocks(documents: csr_matrix, what: str) -> Any:
+    starts = range(0, documents.shape[0], BLOCK)  # pyright: ignore
+    return (slice(start, start + BLOCK) for start in tqdm(starts, desc=what, delay=3, disable=None))

@@ -1,0 +1,141 @@
+"""The command of the extreme-classification recipe: the linear opponent, the report, and wrong options."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from scipy.sparse import csr_matrix, random_array
+
+from recipes.extreme_classification.command import main
+from recipes.extreme_classification.dataset import Dataset, Splits, load
+from recipes.extreme_classification.evaluation import Evaluation, measure, ranks_needed, table
+from recipes.extreme_classification.features import make_features
+from recipes.extreme_classification.linear import LinearModel, LinearOptions
+from recipes.extreme_classification.options import DataOptions, load_data
+from recipes.one_billion_word.errors import RecipeError
+
+TOPICS = ["river", "mountain", "engine", "violin", "harbour", "glacier", "turbine", "cello", "unseen"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Documents name their topics among noise; `unseen` is in test documents only."""
+    generator = np.random.default_rng(0)
+
+    def documents(number: int, topics: int) -> str:
+        lines = []
+        for _ in range(number):
+            labels = sorted({int(label) for label in generator.integers(topics, size=2)})
+            words = [f"noise{word}" for word in generator.integers(60, size=4)] + [TOPICS[label] for label in labels]
+            lines.append(json.dumps({"title": " ".join(generator.permutation(words)), "target_ind": labels}))
+        return "\n".join(lines)
+
+    for name, text in (
+        ("trn", documents(150, 8)),
+        ("tst", documents(60, 9)),
+        ("lbl", "\n".join(json.dumps({"title": topic}) for topic in TOPICS)),
+    ):
+        (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "tst_filter_labels.txt").write_text("0 8\n")
+    return tmp_path
+
+
+def test_the_linear_model_learns_and_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = folder / "report"
+    arguments = ["--model", "linear", "--data", str(folder), "--output_dir", str(output), "--negatives", "4"]
+    main(arguments)
+    results = json.loads((output / "results.json").read_text())
+    assert results["metrics"]["P@1"] > 0.95
+    assert results["metrics"]["nDCG@5"] > 0.9
+    assert results["filtered_pairs"] == 1
+    assert results["propensity"] == {"A": 0.55, "B": 1.5}
+    never = results["by_frequency"][0]
+    assert (never["labels"], never["most"]) == (1, 0)
+    assert never["recall"] > 0.9  # by its text
+    assert (output / "frequency.png").read_bytes()[1:4] == b"PNG"
+    assert results["seconds"]["train"] > 0
+    shown = capsys.readouterr().out
+    assert "PSnDCG@5" in shown
+    assert "never" in shown
+    assert "seconds:" in shown
+    first = results["metrics"]
+    main(arguments)
+    assert json.loads((output / "results.json").read_text())["metrics"] == first
+
+
+def test_features_of_the_data_set_serve_where_there_are_no_texts() -> None:
+    features = csr_matrix(random_array((40, 30), density=0.2, rng=0), dtype=np.float32)
+    labels = csr_matrix(features[:, :10] > 0, dtype=np.float32)
+    split = Dataset(None, labels, None, features)
+    splits = Splits(split, split, None, (0.55, 1.5), "features")
+    made = make_features(splits)
+    np.testing.assert_allclose(np.asarray(made.train.power(2).sum(axis=1)).ravel(), 1, rtol=1e-6)
+    predictions = LinearModel(made, labels, LinearOptions(negatives=5)).predict(made.test, ranks_needed(splits))
+    assert predictions.shape == (40, 10)
+    assert measure(splits, predictions).metrics["P@1"] > 0.8
+
+
+def test_the_first_documents_and_their_filter(folder: Path) -> None:
+    splits = load_data(DataOptions(str(folder), train_documents=20, test_documents=5))
+    assert splits.train.shape == (20, 9)
+    assert splits.test.shape == (5, 9)
+    assert splits.filter is not None
+    assert splits.filter.tolist() == [[0, 8]]
+    assert splits.name.endswith("the first 20 + 5 documents")
+    assert load_data(DataOptions(str(folder))).train.shape == (150, 9)
+
+
+def test_enough_ranks_are_asked_for(folder: Path) -> None:
+    splits = load(folder)
+    assert ranks_needed(splits) == 9
+    many = csr_matrix((3, 5_000), dtype=np.float32)
+    pairs = np.array([[1, 4], [1, 7], [0, 4]])
+    split = Dataset(["a", "b", "c"], many, None, None)
+    assert ranks_needed(Splits(split, split, pairs, (0.55, 1.5), "many")) == 102
+
+
+def test_the_table_shows_percentages() -> None:
+    about = {
+        "data": "d",
+        "train_documents": 1000,
+        "test_documents": 10,
+        "labels": 5000,
+        "labels_per_train_document": 2.5,
+        "propensity": {"A": 0.55, "B": 1.5},
+    }
+    text = table(Evaluation({"P@1": 0.5, "recall@10": 0.25}, [], about))
+    assert "d: 1,000 + 10 documents, 5,000 labels, 2.50 a document; propensities A = 0.55, B = 1.5" in text
+    assert "P@1  50.00" in text
+    assert "recall@10  25.00" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "tree"], "--model is 'tree'; known: linear"),
+        (["--unknown", "1"], "not understood: --unknown 1"),
+        (["--text", "abstract"], "--text is 'abstract'"),
+        (["--train_documents", "-1"], "--train_documents is -1; it must be 0 or more"),
+        (["--cost", "0"], "--cost is 0.0"),
+        (["--negatives", "0"], "--negatives is 0; it must be at least 1"),
+        (["--data", "/nowhere"], "is no folder"),
+    ],
+)
+def test_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_texts_without_a_word_are_refused() -> None:
+    split = Dataset(["", "."], csr_matrix((2, 3), dtype=np.float32), None, None)
+    with pytest.raises(RecipeError, match="no features could be made"):
+        make_features(Splits(split, split, None, (0.55, 1.5), "empty"))
