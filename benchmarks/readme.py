@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.cpu import forward_table, training_table
+from benchmarks.decoupled import table as decoupled_table
 from benchmarks.filter_accuracy import accuracy_table
 from benchmarks.filter_training import training_table as filter_training_table
 from benchmarks.inputs import Softmax, describe
@@ -70,6 +71,12 @@ def filter_training() -> str:
     )
 
 
+def decoupled() -> str:
+    record = load("decoupled")
+    inputs = ", ".join(f"{name} {value:,}" for name, value in record["inputs"].items())
+    return f"{where(record)}. {inputs}.\n\n{decoupled_table(record['decoupled'])}"
+
+
 def coverage() -> str:
     record = load("coverage")
     rows = [[kind, count] for kind, count in record["counts"].items()]
@@ -84,6 +91,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu.random": cpu_random,
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
+    "decoupled": decoupled,
     "coverage": coverage,
     "losses": loss_table,
 }
