@@ -79,11 +79,11 @@ class NeuralOptions:
     classifier_learning_rate: float = field(default=20.0, metadata={"help": "Of the SGD of --model classifier."})
     classifier_dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16, of the classifier."})
     batch_size: int = field(default=128, metadata={"help": "Documents of a step."})
-    epochs: int = field(default=20, metadata={"help": "At most."})
+    epochs: int = field(default=10, metadata={"help": "At most."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
     warmup: float = field(default=0.1, metadata={"help": "Share of the steps; then the rate falls to 0, linearly."})
-    dropout: float = field(default=0.1, metadata={"help": "Of the encoder."})
+    dropout: float = field(default=0.0, metadata={"help": "Of the encoder."})
     held_out: float = field(default=0.05, metadata={"help": "Share of the training documents to stop early by."})
     patience: int = field(default=4, metadata={"help": "Epochs without a better nDCG@5 before training stops."})
     preset: str | None = field(
