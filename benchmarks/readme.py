@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.cpu import forward_table, training_table
+from benchmarks.decoupled import table as decoupled_table
 from benchmarks.filter_accuracy import accuracy_table
 from benchmarks.filter_training import training_table as filter_training_table
 from benchmarks.fourier import fourier_page
@@ -100,6 +101,12 @@ def spherical_losses() -> str:
     return f"{where(record)}. V {shape['V']:,}, D {shape['D']}, float32.\n\n{spherical_losses_table(record['steps'])}"
 
 
+def decoupled() -> str:
+    record = load("decoupled")
+    inputs = ", ".join(f"{name} {value:,}" for name, value in record["inputs"].items())
+    return f"{where(record)}. {inputs}.\n\n{decoupled_table(record['decoupled'])}"
+
+
 def coverage() -> str:
     record = load("coverage")
     rows = [[kind, count] for kind, count in record["counts"].items()]
@@ -123,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vq": vq,
     "spherical": spherical,
     "spherical_losses": spherical_losses,
+    "decoupled": decoupled,
     "coverage": coverage,
     "fourier": fourier,
     "losses": loss_table,

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import xhead
+from benchmarks import decoupled
 from benchmarks.measure import peak_allocated
 from tests.dense import dense_logits, relative_error
 from tests.largest import Largest
+from xhead import replay
 from xhead.engines import soft_topk
 from xhead.losses import get_loss, vectors
 from xhead.statistics import row_statistics
@@ -272,6 +274,36 @@ def test_column_logits_are_those_of_the_sets(engine, softcap):
     assert all(relative_error(mine, exact) < 1e-12 for mine, exact in zip(ours, true, strict=True))
 
 
+@pytest.mark.parametrize("name", ["infonce", "decoupled_softmax", "sigmoid"])
+def test_logits_that_are_replayed_in_blocks_of_rows(name, monkeypatch):
+    sides, labels = inputs()
+    monkeypatch.setattr(replay, "BLOCK_BYTES", 4 * CLASSES * 5)
+
+    def steps(logits):
+        return torch.tanh(2.0 * torch.tanh(logits)) * 3.0
+
+    dense = steps(dense_logits(*sides))
+    if name == "sigmoid":
+        right = sparse(labels, CLASSES).to_dense().double()
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(dense, right, reduction="none").sum(1)
+    else:
+        expected = definition(name, dense, sets_of(labels))
+    for form in (labels, sparse(labels, CLASSES)):
+        with pytest.warns(xhead.MaterializedWarning, match="replayed row block by row block"):
+            rows = get_loss(name)(steps(xhead.LazyLogits(*sides)), form)
+        assert relative_error(rows, expected) < 1e-9
+        true = torch.autograd.grad(expected.sum(), sides, retain_graph=True)
+        pairs = zip(torch.autograd.grad(rows.sum(), sides), true, strict=True)
+        assert all(relative_error(mine, exact) < 1e-9 for mine, exact in pairs)
+
+
+@pytest.mark.parametrize("name", ["soft_topk", "mann_whitney"])
+def test_logits_of_another_form_are_refused(name):
+    sides, labels = inputs()
+    with pytest.raises(RuntimeError, match="these logits are not cap"):
+        get_loss(name)(torch.tanh(torch.tanh(xhead.LazyLogits(*sides))), labels)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -293,3 +325,14 @@ def test_k_of_all_classes_is_refused():
     sides, _ = inputs(rows=2, classes=5)
     with pytest.raises(ValueError, match="k must be below the number of classes 5, got 5"):
         get_loss("soft_topk", k=(1, 5))(xhead.LazyLogits(*sides), torch.zeros(2, 1, dtype=torch.int64))
+
+
+def test_benchmark_command(tmp_path, capsys):
+    arguments = ["--labels", "3000", "--batch", "64", "--width", "16", "--repeats", "1"]
+    record = decoupled.main([*arguments, "--output", str(tmp_path / "decoupled.json")])
+    dense, ours = record["decoupled"]
+    assert ours["hidden_error"] < 1e-5 and ours["weight_error"] < 1e-5 and dense["hidden_error"] == 0
+    assert "| 3,000 |" in capsys.readouterr().out.replace("3,000  |", "3,000 |")
+    record = decoupled.main([*arguments, "--dense-gigabytes", "0", "--output", str(tmp_path / "decoupled.json")])
+    assert [each["name"] for each in record["decoupled"]] == [decoupled.OURS]
+    assert (tmp_path / "decoupled.json").is_file()

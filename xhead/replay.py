@@ -41,8 +41,18 @@ def statistics(
         part = flat[start : start + step]
         blocks.append(checkpoint(block, part, weight, canonical.bias, rows, use_reentrant=False))
     values = {name: torch.cat(parts) for name, parts in zip(names, zip(*blocks, strict=True), strict=True)}
-    return Statistics(**{name: value.reshape(*rows_shape, *value.shape[1:]) for name, value in values.items()})
+    for name, value in values.items():
+        if name != "column_logits":
+            values[name] = value.reshape(*rows_shape, *value.shape[1:])
+    return Statistics(**values)
 
 
 def _flat_rows(value: Tensor, dimensions: int) -> Tensor:
-    return value if dimensions == 1 or value.layout != torch.strided else value.reshape(-1, *value.shape[dimensions:])
+    """(...) rows as (N, ...); sparse column sets padded with -1, since they cannot be cut into blocks of rows."""
+    if value.layout == torch.strided:
+        return value if dimensions == 1 else value.reshape(-1, *value.shape[dimensions:])
+    counts, columns = value.crow_indices().diff(), value.col_indices().long()
+    place = torch.arange(int(counts.max()) if counts.numel() else 0, device=columns.device)
+    padded = columns.new_full((counts.shape[0], place.shape[0]), -1)
+    padded[place < counts[:, None]] = columns
+    return padded

@@ -1,0 +1,1 @@
+"""Neural models of extreme classification: an encoder of documents, and label vectors that are encoded or trained."""

@@ -1,0 +1,132 @@
+"""What the neural models take, and the published settings of four data sets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipes.one_billion_word.errors import RecipeError
+from xhead.losses import get_loss
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "eurlex-4k": {"batch_size": 512, "learning_rate": 5e-5, "max_length": 128, "label_chunk": 4096},
+    "lf-amazontitles-131k": {"batch_size": 3000, "learning_rate": 3e-4, "max_length": 32},
+    "lf-amazontitles-1.3m": {
+        "batch_size": 3000,
+        "learning_rate": 3e-4,
+        "max_length": 32,
+        "label_chunk": 3000,
+        "normalise": False,
+        "temperature": 1.0,
+    },
+    "lf-wikipedia-500k": {
+        "batch_size": 768,
+        "learning_rate": 7e-5,
+        "max_length": 128,
+        "label_chunk": 512,
+        "normalise": False,
+        "temperature": 1.0,
+    },
+}
+"""DEXML's settings (arXiv 2310.10636, configurations of the public code); with them goes `_ALL_PRESETS`."""
+
+_ALL_PRESETS: dict[str, Any] = {
+    "loss": "decoupled_softmax",
+    "encoder": "distilbert-base-uncased",
+    "pooling": "cls",
+    "epochs": 100,
+    "warmup": 0.1,
+    "dropout": 0.0,
+}
+
+NEGATIVES = ("all", "random", "hard")
+
+
+@dataclass
+class NeuralOptions:
+    """The encoder, the label side and the training of `--model classifier` and `--model dual_encoder`."""
+
+    loss: str = field(
+        default="decoupled_softmax",
+        metadata={"help": "decoupled_softmax, infonce, soft_topk, sigmoid, mann_whitney, or any loss with label sets."},
+    )
+    loss_options: str = field(default="{}", metadata={"help": """JSON for the loss, as in '{"k": 5}'."""})
+    encoder: str = field(
+        default="bag", metadata={"help": "bag or tiny (trained from nothing), or a Hugging Face encoder."}
+    )
+    pooling: str = field(default="mean", metadata={"help": "mean or cls, of a transformer's states."})
+    hidden_size: int = field(default=128, metadata={"help": "Size of a vector, of encoders from nothing."})
+    layers: int = field(default=2, metadata={"help": "Transformer layers of --encoder tiny."})
+    vocab_size: int = field(default=8000, metadata={"help": "Tokens of encoders from nothing."})
+    max_length: int = field(default=32, metadata={"help": "Tokens of a text, the rest is cut off."})
+    normalise: bool = field(default=True, metadata={"help": "Unit vectors, of a dual encoder."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Scores are divided by it. Default: 0.05 for unit vectors, else 1."}
+    )
+    own_vectors: bool = field(
+        default=False, metadata={"help": "A dual encoder's labels get a vector of their own too."}
+    )
+    negatives: str = field(
+        default="all", metadata={"help": "all labels, or a batch's own with random ones or hard ones (dual encoder)."}
+    )
+    negative_count: int = field(
+        default=1000, metadata={"help": "Random negatives a batch; hard ones a query are a hundredth, at least 1."}
+    )
+    clustered: bool = field(default=False, metadata={"help": "Batches of near queries."})
+    refresh_epochs: int = field(default=5, metadata={"help": "Hard negatives and clusters are found anew so often."})
+    label_chunk: int = field(default=2048, metadata={"help": "Labels encoded at a time."})
+    classifier_learning_rate: float = field(default=20.0, metadata={"help": "Of the SGD of --model classifier."})
+    classifier_dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16, of the classifier."})
+    batch_size: int = field(default=128, metadata={"help": "Documents of a step."})
+    epochs: int = field(default=10, metadata={"help": "At most."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
+    warmup: float = field(default=0.1, metadata={"help": "Share of the steps; then the rate falls to 0, linearly."})
+    dropout: float = field(default=0.0, metadata={"help": "Of the encoder."})
+    held_out: float = field(default=0.05, metadata={"help": "Share of the training documents to stop early by."})
+    patience: int = field(default=4, metadata={"help": "Epochs without a better nDCG@5 before training stops."})
+    preset: str | None = field(
+        default=None, metadata={"help": f"Published settings: {', '.join(PRESETS)}. Other options win over it."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "For the model and the report. Default: runs/extreme_classification_MODEL."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last whole epoch in --output_dir."})
+    seed: int = field(default=0, metadata={"help": "Of everything that is drawn."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("pooling", ("mean", "cls")),
+            ("negatives", NEGATIVES),
+            ("classifier_dtype", ("float32", "bfloat16")),
+            ("preset", (None, *PRESETS)),
+        ):
+            if getattr(self, name) not in allowed:
+                known = ", ".join(str(value) for value in allowed if value is not None)
+                raise RecipeError(f"--{name} is {getattr(self, name)!r}; it must be one of {known}")
+        for name in ("batch_size", "epochs", "label_chunk", "refresh_epochs", "patience", "negative_count"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise RecipeError(f"--held_out must be a share between 0 and 1, got {self.held_out}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise RecipeError(f"--temperature must be above 0, got {self.temperature}")
+        try:
+            get_loss(self.loss, **self.parsed_loss_options)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"--loss {self.loss}: {error}") from error
+
+    @property
+    def parsed_loss_options(self) -> dict[str, Any]:
+        found = json.loads(self.loss_options)
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def preset_defaults(name: str | None) -> dict[str, Any]:
+    """The options that a preset sets. Raises RecipeError for an unknown one."""
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise RecipeError(f"--preset is {name!r}; it must be one of {', '.join(PRESETS)}")
+    return {**_ALL_PRESETS, **PRESETS[name]}

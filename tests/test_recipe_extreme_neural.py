@@ -1,0 +1,195 @@
+"""Classifier and dual encoder of extreme classification, on a data set that is learnt within seconds."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from recipes.extreme_classification.dataset import Dataset, Splits
+from recipes.extreme_classification.neural import command, predict, training
+from recipes.extreme_classification.neural.encoders import make_encoder, make_tokenizer, tokenize
+from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER, XmcModel
+from recipes.extreme_classification.neural.options import PRESETS, NeuralOptions
+from recipes.extreme_classification.neural.run import Predictor, run_model
+from recipes.extreme_classification.neural.training import Documents, Training
+from recipes.one_billion_word.errors import RecipeError
+from xhead.retrieval import metrics
+
+WORDS = [
+    "apple",
+    "bridge",
+    "cloud",
+    "drum",
+    "engine",
+    "forest",
+    "glass",
+    "harbour",
+    "island",
+    "jacket",
+    "kettle",
+    "lamp",
+]
+
+
+def split_of(count, seed):
+    """A document names its labels, among noise; some documents have none."""
+    random = np.random.default_rng(seed)
+    texts, rows = [], []
+    for _ in range(count):
+        chosen = sorted(random.choice(len(WORDS), size=random.integers(0, 4), replace=False).tolist())
+        texts.append(" ".join(["the", *(WORDS[label] for label in chosen), "here"]))
+        rows.append(chosen)
+    offsets = np.cumsum([0, *map(len, rows)])
+    labels = csr_matrix((np.ones(offsets[-1], np.float32), np.concatenate(rows).astype(int), offsets))
+    labels.resize(count, len(WORDS))
+    return Dataset(texts, labels, [f"a {word}" for word in WORDS], None)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return Splits(split_of(240, 0), split_of(40, 1), filter=None, propensity=(0.55, 1.5), name="words")
+
+
+def options(**changed):
+    small = {"hidden_size": 32, "vocab_size": 120, "max_length": 12, "batch_size": 32, "epochs": 8, "patience": 8}
+    return NeuralOptions(
+        **{**small, "learning_rate": 1e-2, "label_chunk": 5, "dropout": 0.0, "held_out": 0.1, **changed}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        (DUAL_ENCODER, {}),
+        (DUAL_ENCODER, {"encoder": "tiny", "layers": 1, "learning_rate": 5e-3}),
+        (DUAL_ENCODER, {"loss": "infonce", "own_vectors": True, "clustered": True, "refresh_epochs": 2}),
+        (DUAL_ENCODER, {"negatives": "hard", "refresh_epochs": 2, "negative_count": 200}),
+        (DUAL_ENCODER, {"negatives": "random", "negative_count": 3, "loss": "mann_whitney"}),
+        (DUAL_ENCODER, {"loss": "soft_topk", "loss_options": '{"k": [1, 3]}', "normalise": False}),
+        (CLASSIFIER, {"classifier_learning_rate": 5.0}),
+        (CLASSIFIER, {"loss": "sigmoid", "classifier_dtype": "bfloat16", "classifier_learning_rate": 1.0}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_it_learns(kind, changed, splits, tmp_path):
+    results = run_model(kind, splits, options(**changed), tmp_path)
+    assert results["metrics"]["P@1"] > 0.6  # one document in four has no label
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    best = Predictor(tmp_path)(["the glass island here", "the lamp here"], k=2)
+    assert {name for name, _ in best[0]} == {"a glass", "a island"} and best[1][0][0] == "a lamp"
+    assert best[0][0][1] >= best[0][1][1]
+
+
+def test_resuming_is_going_on(splits, tmp_path, capsys):
+    whole = run_model(DUAL_ENCODER, splits, options(epochs=4, dropout=0.2), tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(self):
+        save(self)
+        if self.epoch == 2:
+            raise Interrupted
+
+    save = Training._save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_save", interrupt)
+        # Tokenizers that are trained twice may differ; one that is there is taken.
+        shutil.copytree(tmp_path / "whole" / "tokenizer", tmp_path / "parts" / "tokenizer")
+        with pytest.raises(Interrupted):
+            run_model(DUAL_ENCODER, splits, options(epochs=4, dropout=0.2, resume=True), tmp_path / "parts")
+    parts = run_model(DUAL_ENCODER, splits, options(epochs=4, dropout=0.2, resume=True), tmp_path / "parts")
+    assert "resumed after epoch 2" in capsys.readouterr().out
+    assert parts["history"] == whole["history"] and parts["metrics"] == whole["metrics"]
+
+
+def test_training_stops_when_it_gets_no_better(splits, tmp_path):
+    settings = options(epochs=50, patience=2, learning_rate=0.0)
+    results = run_model(DUAL_ENCODER, splits, settings, tmp_path)
+    assert len(results["history"]) == 3
+
+
+def test_vectors_of_one_text_do_not_depend_on_its_neighbours():
+    for encoder, pooling in (("bag", "mean"), ("tiny", "mean"), ("tiny", "cls")):
+        settings = options(encoder=encoder, layers=1, pooling=pooling)
+        tokenizer = make_tokenizer(settings, WORDS)
+        model = make_encoder(settings, tokenizer).eval()
+        alone = model(**tokenize(tokenizer, ["apple"], 12))
+        padded = model(**tokenize(tokenizer, ["apple", "cloud drum engine forest"], 12))
+        assert torch.allclose(alone[0], padded[0], atol=1e-5)
+
+
+def test_quality_is_ndcg(splits, tmp_path, monkeypatch):
+    """Against the recipe's own metric, on documents that have labels."""
+    test = splits.test
+    some = np.flatnonzero(np.diff(test.labels.indptr))
+    ranked = np.stack([np.random.default_rng(row).permutation(len(WORDS)) for row in range(len(some))])
+    documents = Documents({"input_ids": torch.zeros(len(some), 1)}, test.labels[some])
+    monkeypatch.setattr(training, "predict", lambda model, inputs, k: (None, torch.from_numpy(ranked[:, :k])))
+    ranking = metrics.rank(ranked, documents.labels, None, k=5)
+    expected = metrics.evaluate(ranking, splits.train.labels, ks=[5], constants=(0.55, 1.5), recall_ks=[])["nDCG@5"]
+    found = Training.quality(SimpleNamespace(model=None), documents)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_have_all_of_the_labels(splits):
+    labels = splits.train.labels
+    rows = torch.tensor([5, 0, 17])
+    documents = Documents({"input_ids": torch.arange(240)[:, None]}, labels).rows(rows)
+    padded = documents.padded_labels()
+    for row, found in zip(rows.tolist(), padded.tolist(), strict=True):
+        assert {label for label in found if label >= 0} == set(labels[row].indices.tolist())
+
+
+def test_a_temperature_goes_with_the_vectors():
+    settings = options()
+    tokenizer = make_tokenizer(settings, WORDS)
+    inputs = tokenize(tokenizer, WORDS, 12)
+    unit = XmcModel(DUAL_ENCODER, make_encoder(settings, tokenizer), settings, len(WORDS), inputs)
+    assert unit.temperature == 0.05
+    assert torch.allclose(unit.label_vectors().norm(dim=-1), torch.ones(len(WORDS)))
+    assert XmcModel(CLASSIFIER, make_encoder(settings, tokenizer), settings, 12, None).temperature == 1.0
+
+
+def test_presets_give_way_to_options():
+    for name in PRESETS:
+        settings = command.parse(DUAL_ENCODER, ["--preset", name])[1]
+        assert (settings.encoder, settings.pooling, settings.epochs) == ("distilbert-base-uncased", "cls", 100)
+    settings = command.parse(DUAL_ENCODER, ["--preset", "lf-wikipedia-500k", "--batch_size", "7"])[1]
+    assert (settings.batch_size, settings.learning_rate, settings.normalise) == (7, 7e-5, False)
+    assert command.parse(CLASSIFIER, ["--normalise", "False"])[1].normalise is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "imagenet"], "--preset is 'imagenet'; it must be one of eurlex-4k"),
+        (["--loss", "magic"], "--loss magic: unknown loss 'magic'"),
+        (["--loss_options", '{"k": 0}', "--loss", "soft_topk"], "k must be a whole number"),
+        (["--pooling", "max"], "--pooling is 'max'; it must be one of mean, cls"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--held_out", "1"], "--held_out must be a share between 0 and 1"),
+        (["--spoon"], "not understood: --spoon"),
+    ],
+)
+def test_what_is_refused(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        command.parse(DUAL_ENCODER, arguments)
+
+
+def test_data_that_cannot_serve(splits, tmp_path):
+    features = csr_matrix(np.ones((2, 3), np.float32))
+    labels = csr_matrix(np.ones((2, 2), np.float32))
+    bare = Dataset(None, labels, None, features)
+    no_texts = Splits(bare, bare, None, (0.55, 1.5), "bare")
+    with pytest.raises(RecipeError, match="features only: use --model linear"):
+        run_model(CLASSIFIER, no_texts, options(), tmp_path)
+    unnamed = Dataset(["a", "b"], labels, None, None)
+    with pytest.raises(RecipeError, match="has none: use --model classifier"):
+        run_model(DUAL_ENCODER, Splits(unnamed, unnamed, None, (0.55, 1.5), "unnamed"), options(), tmp_path)
+    with pytest.raises(SystemExit):
+        predict.main([str(tmp_path / "nothing"), "text"])
