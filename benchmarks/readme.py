@@ -18,9 +18,9 @@ from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
 from benchmarks.number_tokens import overhead_table
 from benchmarks.report import RESULTS, markdown_table
-from benchmarks.vq import vq_table
 from benchmarks.spherical import spherical_table
 from benchmarks.spherical_losses import table as spherical_losses_table
+from benchmarks.vq import vq_table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -6,11 +6,7 @@ import time
 import pytest
 import torch
 
-<<<<<<< HEAD
-from benchmarks import cpu, filter_accuracy, filter_training, inputs, measure, number_tokens, report
-=======
-from benchmarks import cpu, filter_accuracy, filter_training, inputs, measure, report, vq
->>>>>>> vq
+from benchmarks import cpu, filter_accuracy, filter_training, inputs, measure, number_tokens, report, vq
 
 MEGABYTE = 2**20
 

@@ -1,7 +1,7 @@
 """Heads: what stands between the hidden states and the classes.
 
 `"linear"` is the projection that a model comes with; every other head takes its place. `SphericalHead` is a module of
-its own, with its own update.
+its own, with its own update; `LabelEncoderHead` and `InPlaceClassifier` are for extreme classification.
 """
 
 import inspect
@@ -45,18 +45,6 @@ def register_head(name: str, config: type) -> Callable[[HeadType], HeadType]:
     return decorate
 
 
-`"linear"` is the projection that a model comes with. `LabelEncoderHead` and `InPlaceClassifier` are for extreme
-classification: the classes' vectors come from an encoder, or are trained inside the backward.
-"""
-
-from xhead.heads.in_place import InPlaceClassifier
-from xhead.heads.label_encoder import LabelEncoderHead
-
-__all__ = ["InPlaceClassifier", "LabelEncoderHead", "list_heads"]
-
-_HEADS = ("linear",)
-
-
 def list_heads() -> list[str]:
     """The names that `xhead.patch(model, head=...)` knows, sorted."""
     return sorted(("linear", *_REGISTRY))
@@ -92,6 +80,17 @@ def read_options(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any
 from xhead.heads import fourier_vocabulary, vq  # noqa: E402, F401  register themselves
 from xhead.heads.fourier import FourierHead  # noqa: E402
 from xhead.heads.fourier_density import FourierDensity  # noqa: E402
+from xhead.heads.in_place import InPlaceClassifier  # noqa: E402
+from xhead.heads.label_encoder import LabelEncoderHead  # noqa: E402
 from xhead.heads.spherical.head import SphericalHead  # noqa: E402
 
-__all__ = ["FourierDensity", "FourierHead", "Head", "SphericalHead", "list_heads", "register_head"]
+__all__ = [
+    "FourierDensity",
+    "FourierHead",
+    "Head",
+    "InPlaceClassifier",
+    "LabelEncoderHead",
+    "SphericalHead",
+    "list_heads",
+    "register_head",
+]

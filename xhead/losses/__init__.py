@@ -167,7 +167,7 @@ from xhead.losses import (  # noqa: E402  register themselves
     probability,  # noqa: F401
     robust,  # noqa: F401
     soft_topk,  # noqa: F401
-    spherical,  # noqa: F401
     sphereface2,  # noqa: F401
+    spherical,  # noqa: F401
     stablemax,  # noqa: F401
 )
