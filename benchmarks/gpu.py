@@ -243,14 +243,18 @@ def measure_case(
 def table(record: dict[str, Any]) -> str:
     base = next((r["both"] for r in record["results"] if r["name"] == STOCK and "both" in r), None)
     rows = [["GEMM", f"{record['gemm'] * 1e3:.2f}", *["-"] * 6]]
+    reasons = []
     for found in record["results"]:
         if "why" in found:
-            rows.append([found["name"], found["why"], *["-"] * 6])
+            rows.append([found["name"], *["-"] * 7])
+            reasons.append(f"{found['name']}: {found['why']}")
             continue
+        if "forward_why" in found:
+            reasons.append(f"{found['name']}, forward alone: {found['forward_why']}")
         rows.append(
             [
                 found["name"],
-                f"{found['forward'] * 1e3:.2f}" if "forward" in found else found["forward_why"],
+                f"{found['forward'] * 1e3:.2f}" if "forward" in found else "-",
                 f"{found['both'] * 1e3:.2f}",
                 f"{found['both'] / base:.2f}" if base else "-",
                 megabytes(found.get("beyond_gradients")),
@@ -260,7 +264,8 @@ def table(record: dict[str, Any]) -> str:
             ]
         )
     columns = ["loss", "forward ms", "with backward ms", "x stock", "MB beyond gradients"]
-    return markdown_table([*columns, "hidden error", "weight error", "active tiles"], rows)
+    made = markdown_table([*columns, "hidden error", "weight error", "active tiles"], rows)
+    return "\n".join([made, "", *reasons])
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -287,11 +292,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(arguments)
-    sys.path.append(str(ROOT / "kernels"))  # for a checkout that is not installed
+    sys.path.insert(0, str(ROOT / "kernels"))  # for a checkout that is not installed
     clock = Clock(options.budget_seconds)
-    if options.smoke:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-    elif not torch.cuda.is_available():
+    if options.smoke and not os.environ.get("TRITON_INTERPRET"):
+        # Read when triton is imported, which torch has done by now.
+        again = [sys.executable, "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
+        raise SystemExit(subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode)
+    if not options.smoke and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu needs a GPU, and torch finds none; --smoke tries the command without one")
     device = torch.device("cpu" if options.smoke else "cuda")
     record: dict[str, Any] = {"environment": environment(device), "smoke": options.smoke, "cases": []}
