@@ -143,6 +143,18 @@ def test_half_precision_is_collected_in_float32():
     assert relative_error(ours[0], exact[0]) < 2**-9 < relative_error(plain[0], exact[0])
 
 
+def test_under_autocast_every_pass_makes_its_own():
+    """The weight of a call is a copy there."""
+    model = xhead.patch(tiny("LlamaForCausalLM"), loss="zloss")
+    found = []
+    for context in (nullcontext(), xhead.accumulate(model)):
+        model.zero_grad()
+        with context, torch.autocast("cpu", torch.bfloat16):
+            model(**tokens()).loss.backward()
+        found.append(model.lm_head.weight.grad.clone())
+    assert torch.equal(*found) and found[0].any()
+
+
 def test_frozen_head():
     model = xhead.patch(tiny("LlamaForCausalLM", tie_word_embeddings=False), loss="zloss")
     model.lm_head.requires_grad_(False)

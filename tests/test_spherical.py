@@ -220,6 +220,16 @@ def test_wrong_options_are_named(name, options, message):
         get_loss(name, **options)
 
 
+def test_a_sum_with_cross_entropy():
+    hidden, weight, bias, labels = inputs()
+    logits = dense_logits(hidden, weight, bias)
+    expected = F.cross_entropy(logits, labels, reduction="none") + 0.1 * zloss(logits, labels, 0.5, 2.0)
+    rows = get_loss("cce+0.1*zloss", a=0.5, b=2.0)(xhead.LazyLogits(hidden, weight, bias), labels)
+    assert relative_error(rows, expected) < 1e-9
+    pairs = zip(*(torch.autograd.grad(each.sum(), (hidden, weight, bias)) for each in (rows, expected)), strict=True)
+    assert all(relative_error(mine, exact) < 1e-9 for mine, exact in pairs)
+
+
 @each
 def test_a_patched_model_learns_and_generates(name):
     """The words of a repeating sequence, by greedy generation from real logits."""
