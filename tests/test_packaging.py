@@ -83,6 +83,7 @@ def imports_of(path: Path) -> set[str]:
         ("xhead/statistics.py", r"xhead\.(lazy|losses|heads|patch|trainer)\b"),
         ("xhead/autograd.py", r"xhead\.(statistics|lazy|losses|heads|patch|trainer)\b"),
         ("xhead/losses", r"xhead\.(heads|patch|trainer)\b"),
+        ("xhead/retrieval", r"xhead\.(heads|patch|trainer)\b"),
         ("xhead/heads", r"xhead\.(patch|trainer)\b"),
         ("xhead", r"(recipes|benchmarks|tests)\b"),
     ],

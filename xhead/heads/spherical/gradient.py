@@ -45,6 +45,7 @@ class Gradient:
         arrived, self._arrived = self._arrived, []
         before = self.scale(proxy)
         if self._step is not None and before:
+            self._check_version(weight)
             kept = self._step.gradients
             arrived.insert(0, kept if before == 1 else kept.scaled(before))
         self._clear()
@@ -77,8 +78,11 @@ class Gradient:
         step, scale = self._step, self.scale(proxy)
         if step is None or scale == 0 or proxy.grad is None:
             return None, 0.0
+        self._check_version(weight)
+        return step, scale
+
+    def _check_version(self, weight: FactoredWeight) -> None:
         if self._version != weight.core._version:
             raise RuntimeError(
                 "the head's state has changed since its gradient was computed: call zero_grad() and compute it again"
             )
-        return step, scale
