@@ -72,6 +72,7 @@ sweep: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.filter_accuracy
+	$(BIN)/python -m benchmarks.number_tokens
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
