@@ -74,6 +74,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.filter_accuracy
 	$(BIN)/python -m benchmarks.spherical_losses
 	$(BIN)/python -m benchmarks.spherical
+	$(BIN)/python -m benchmarks.number_tokens
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

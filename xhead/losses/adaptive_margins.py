@@ -1,8 +1,7 @@
 """Margin softmax losses whose margin differs from row to row: by the hidden state's norm, or drawn."""
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +49,7 @@ class AdaFaceConfig(CosineConfig):
     margin: float = 0.4
     concentration: float = 0.333
     rate: float = 1.0
+    norms: RunningNorms = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,10 +57,7 @@ class AdaFaceConfig(CosineConfig):
         check_positive("concentration", self.concentration)
         if not 0.0 < self.rate <= 1.0:
             raise ValueError(f"rate must be in (0, 1], got {self.rate!r}")
-
-    @cached_property
-    def norms(self) -> RunningNorms:
-        return RunningNorms(self.rate)
+        object.__setattr__(self, "norms", RunningNorms(self.rate))
 
 
 @register(

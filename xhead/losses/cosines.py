@@ -1,7 +1,6 @@
 """Cosines between hidden states and classes, for the margin losses: of all classes or of a random share of them."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -43,15 +42,14 @@ class CosineConfig:
     class_sample: float = 1.0
     seed: int | None = None
     engine: str = "auto"
+    # Made with the config rather than when first asked for: a compiled graph cannot make it.
+    draws: Draws = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
         if not 0.0 < self.class_sample <= 1.0:
             raise ValueError(f"class_sample must be a share of the classes in (0, 1], got {self.class_sample!r}")
-
-    @cached_property
-    def draws(self) -> Draws:
-        return Draws(self.seed)
+        object.__setattr__(self, "draws", Draws(self.seed))
 
 
 class Cosines(NamedTuple):
