@@ -58,7 +58,8 @@ def patch(
     Raises:
         ValueError: an unknown loss, head or option, a model without an output projection or one patched otherwise
             before, a projection whose forward has been replaced.
-        TypeError: an output projection that is no plain `torch.nn.Linear` (an embedding, a quantised layer).
+        TypeError: an output projection that is no plain `torch.nn.Linear` (an embedding, a quantised layer), a head
+            without an option that it needs.
 
     A model that the error is raised for is left as it was.
 

@@ -58,7 +58,8 @@ def make_head(name: str, in_features: int, out_features: int, config: Any) -> He
 def read_options(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The config of a head, and the options of its start, from the options of a call.
 
-    Raises ValueError for an unknown option and for one that has to be given and is not, and what the config raises.
+    Raises ValueError for an unknown option, TypeError for one that has to be given and is not, and what the config
+    raises.
     """
     entry = _REGISTRY[name]
     settable = [field for field in fields(entry.config) if field.init]
@@ -72,7 +73,7 @@ def read_options(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any
     required = [field.name for field in settable if field.default is MISSING and field.default_factory is MISSING]
     missing = [option for option in required if option not in options]
     if missing:
-        raise ValueError(f"the head {name!r} needs the option {', '.join(missing)}")
+        raise TypeError(f"the head {name!r} needs the option {', '.join(missing)}")
     config = entry.config(**{key: value for key, value in options.items() if key in known})
     return config, {key: value for key, value in options.items() if key in entry.start_options}
 
