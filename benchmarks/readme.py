@@ -21,8 +21,11 @@ from benchmarks.report import RESULTS, markdown_table
 from benchmarks.spherical import spherical_table
 from benchmarks.spherical_losses import table as spherical_losses_table
 from benchmarks.vq import vq_table
+from recipes.forecasting.report import table as forecasting_table
+from recipes.forecasting.toy_report import toy_table
 
 ROOT = Path(__file__).parent.parent
+FORECASTING = ROOT / "recipes" / "forecasting"
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -120,6 +123,25 @@ def fourier() -> str:
     return f"{where(record)}; width {record['width']}.\n\n{fourier_page(record)}"
 
 
+def forecasting() -> str:
+    record = json.loads((FORECASTING / "results" / "results.json").read_text())
+    about = (
+        f"{record['data']}: {record['series']} series, {record['data_options']['bins']} bins, "
+        f"context {record['data_options']['context']}, horizon {record['data_options']['horizon']}, width "
+        f"{record['model']['hidden_size']}, {record['model']['layers']} layers, {record['steps']} steps of "
+        f"{record['batch_size']} windows; {record['test_windows']} windows to test on, {record['run']['samples']} "
+        f"paths each; torch {record['torch']}, transformers {record['transformers']}."
+    )
+    return f"{about}\n\n```\n{forecasting_table(record['runs'])}```"
+
+
+def forecasting_toy() -> str:
+    record = json.loads((FORECASTING / "results" / "toy.json").read_text())
+    options = record["options"]
+    about = f"{options['samples']:,} samples, {options['epochs']} epochs, torch {record['torch']}."
+    return f"{about}\n\n```\n{toy_table(record)}```"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu.training": cpu_training,
     "cpu.forward": cpu_forward,
@@ -133,6 +155,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoupled": decoupled,
     "coverage": coverage,
     "fourier": fourier,
+    "forecasting": forecasting,
+    "forecasting.toy": forecasting_toy,
     "losses": loss_table,
 }
 
@@ -154,7 +178,7 @@ def rendered(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), FORECASTING / "README.md"]
 
 
 def main() -> None:

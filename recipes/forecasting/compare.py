@@ -62,7 +62,7 @@ def run(
     }
     runs: dict[str, list[dict[str, float]]] = {head: [] for head in run_options.heads}
     paths = {}
-    for seed in range(1, run_options.seeds + 1):
+    for seed in run_options.seeds:
         for head in run_options.heads:
             model = build_model(head, tokens, context + horizon, model_options, run_options, seed)
             _train(model, train, training, seed)
@@ -115,6 +115,7 @@ def build_model(
             num_frequencies=frequencies,
             token_range=tokens.token_range,
             regularization=run_options.regularization,
+            floor=run_options.floor,
             init_scale=run_options.init_scale,
             low=tokens.low,
             high=tokens.high,

@@ -68,12 +68,15 @@ class RunOptions:
         metadata={"help": "dense, or fourier-N of N frequencies; the first is what the others are compared with."},
     )
     regularization: float = field(default=1e-6, metadata={"help": "Factor of the Fourier heads' smoothness penalty."})
+    floor: float = field(
+        default=1e-5,
+        metadata={"help": "Added to each bin's probability by the Fourier heads; paths are drawn from it too."},
+    )
     init_scale: float = field(default=0.1, metadata={"help": "Of the Fourier heads' first weights."})
-    seeds: int = field(default=3, metadata={"help": "Train each so many times, with seeds 1, 2, ..."})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Train each with these seeds."})
     samples: int = field(default=20, metadata={"help": "Paths drawn for a forecast."})
 
     def __post_init__(self) -> None:
-        _at_least(1, seeds=self.seeds)
         _at_least(2, samples=self.samples)
         if len(set(self.heads)) != len(self.heads):
             raise RecipeError(f"--heads is {' '.join(self.heads)}; each may be there once")
