@@ -134,7 +134,7 @@ def test_the_table_shows_percentages() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "tree"], "--model is 'tree'; known: linear, label_tree"),
+        (["--model", "tree"], "--model is 'tree'; known: linear"),
         (["--unknown", "1"], "not understood: --unknown 1"),
         (["--text", "abstract"], "--text is 'abstract'"),
         (["--train_documents", "-1"], "--train_documents is -1; it must be 0 or more"),
