@@ -13,6 +13,7 @@ MODELS = {  # a name, and the module whose `run(name, other arguments)` is calle
     "linear": "recipes.extreme_classification.linear",
     "classifier": "recipes.extreme_classification.neural.command",
     "dual_encoder": "recipes.extreme_classification.neural.command",
+    "label_tree": "recipes.extreme_classification.label_tree",
 }
 
 

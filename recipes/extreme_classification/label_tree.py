@@ -1,0 +1,83 @@
+"""A probabilistic label tree, as napkinXC trains it: a second linear opponent, from a package of its own.
+
+On the same features as the linear model; it reads no label text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import HfArgumentParser
+
+from recipes.extreme_classification.evaluation import measure, ranks_needed, write_evaluation
+from recipes.extreme_classification.features import make_features
+from recipes.extreme_classification.options import DataOptions, load_data
+from recipes.one_billion_word.errors import RecipeError
+from xhead.retrieval.metrics import NONE
+
+
+@dataclass
+class LabelTreeOptions:
+    """The tree."""
+
+    output_dir: str = field(default="runs/extreme_classification_label_tree", metadata={"help": "For the report."})
+    characters: int = field(default=5, metadata={"help": "Length of character n-grams as features; 0 for none."})
+    cost: float = field(default=10.0, metadata={"help": "C of the logistic regressions."})
+    trees: int = field(default=1, metadata={"help": "Average so many trees."})
+    threads: int = field(default=0, metadata={"help": "0 for one a core."})
+    seed: int = field(default=0, metadata={"help": "Of the clustering."})
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("characters", 0), ("trees", 1), ("threads", 0), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise RecipeError(f"--{name} is {getattr(self, name)}; it must be at least {minimum}")
+        if not self.cost > 0:
+            raise RecipeError(f"--cost is {self.cost}; it must be positive")
+
+
+def run(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Train, predict, report; the model is called by `name` there.
+
+    Returns:
+        What is written to results.json.
+
+    Raises:
+        RecipeError: an option or the data cannot be used, or napkinXC is not installed.
+    """
+    parser = HfArgumentParser(
+        (DataOptions, LabelTreeOptions),  # pyright: ignore
+        prog=f"python -m recipes.extreme_classification --model {name}",
+        allow_abbrev=False,
+    )
+    data, options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
+    try:
+        napkin = importlib.import_module("napkinxc.models")
+    except ImportError as error:
+        raise RecipeError("--model label_tree needs napkinXC: pip install napkinxc, or take --model linear") from error
+    splits = load_data(data)
+    started = time.perf_counter()
+    features = make_features(splits, options.characters)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = napkin.PLT(
+            folder, liblinear_c=options.cost, ensemble=options.trees, threads=options.threads, seed=options.seed
+        )
+        tree.fit(features.train, splits.train.labels)
+        trained = time.perf_counter()
+        found = tree.predict(features.test, top_k=ranks_needed(splits))
+    predictions = np.full((len(found), ranks_needed(splits)), NONE, np.int64)
+    for row, labels in enumerate(found):
+        predictions[row, : len(labels)] = labels
+    seconds = {"train": trained - started, "predict": time.perf_counter() - trained}
+    results = write_evaluation(
+        measure(splits, predictions), Path(options.output_dir), model=name, options=asdict(options), seconds=seconds
+    )
+    print(f"seconds: {seconds['train']:.1f} training, {seconds['predict']:.1f} prediction")
+    return results
