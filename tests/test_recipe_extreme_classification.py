@@ -70,15 +70,30 @@ def test_the_linear_model_learns_and_is_reported(folder: Path, capsys: pytest.Ca
     assert json.loads((output / "results.json").read_text())["metrics"] == first
 
 
+def test_the_label_tree_learns(folder: Path) -> None:
+    pytest.importorskip("napkinxc.models")
+    output = folder / "report"
+    main(["--model", "label_tree", "--data", str(folder), "--output_dir", str(output), "--threads", "1"])
+    results = json.loads((output / "results.json").read_text())
+    assert results["model"] == "label_tree"
+    assert results["metrics"]["P@1"] > 0.9
+
+
+def test_too_few_documents_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--data", str(folder), "--train_documents", "10", "--output_dir", str(folder / "report")])
+    assert "10 training documents; one in 20 is held out" in capsys.readouterr().err
+
+
 def test_features_of_the_data_set_serve_where_there_are_no_texts() -> None:
-    features = csr_matrix(random_array((40, 30), density=0.2, rng=0), dtype=np.float32)
+    features = csr_matrix(random_array((80, 30), density=0.2, rng=0), dtype=np.float32)
     labels = csr_matrix(features[:, :10] > 0, dtype=np.float32)
     split = Dataset(None, labels, None, features)
     splits = Splits(split, split, None, (0.55, 1.5), "features")
     made = make_features(splits)
     np.testing.assert_allclose(np.asarray(made.train.power(2).sum(axis=1)).ravel(), 1, rtol=1e-6)
     predictions = LinearModel(made, labels, LinearOptions(negatives=5)).predict(made.test, ranks_needed(splits))
-    assert predictions.shape == (40, 10)
+    assert predictions.shape == (80, 10)
     assert measure(splits, predictions).metrics["P@1"] > 0.8
 
 

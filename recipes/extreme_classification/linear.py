@@ -1,14 +1,14 @@
 """The opponent that a neural model must beat: one linear classifier a label on bags of words.
 
     shortlist      the labels with the largest cosine between a document and the label's centroid: the mean of its
-                   training documents and of its own text, cut to its largest features
+                   training documents and of its own text, cut to its largest features; and the most frequent labels
     classifiers    L2-regularised squared hinge, one against the hard rest: the positives of a label and its text
                    against documents that have it in their shortlist, and a few random ones
-    score          exp(-max(1 - o, 0)^2) times that cosine, o the classifier's output
+    score          a sum of the classifier's output o, of -max(1 - o, 0)^2, of the logarithms of that cosine and of the
+                   label's frequency, weighted by a logistic regression on held-out training documents
 
 So a label that never occurs in training can be predicted by its text. Hard negatives by a shortlist are those of Slice
-(WSDM 2019), products of the two scores those of XR-Linear (arXiv 2010.05878), small weights are dropped as in DiSMEC
-(arXiv 1609.02521).
+(WSDM 2019), small weights are dropped as in DiSMEC (arXiv 1609.02521).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix, vstack
+from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
@@ -29,7 +30,10 @@ from recipes.extreme_classification.evaluation import measure, ranks_needed, wri
 from recipes.extreme_classification.features import Features, make_features
 from recipes.extreme_classification.options import DataOptions, load_data
 from recipes.one_billion_word.errors import RecipeError
+from xhead.retrieval.metrics import Ranking
+from xhead.retrieval.propensity import label_counts
 
+HELD_OUT = 2_000  # training documents at most, kept for the weights of the evidence
 BLOCK = 512  # documents scored at a time: (BLOCK, labels) numbers in memory
 
 
@@ -85,43 +89,73 @@ def run(name: str, arguments: list[str]) -> dict[str, Any]:
 
 
 class LinearModel:
-    """Centroids and classifiers.
+    """Centroids, classifiers, and the weights of what they say.
 
     Args:
         features: of training documents and labels.
         labels: the label matrix of training, (documents, labels).
         options: how.
+
+    Raises:
+        RecipeError: too few documents to hold some out.
     """
 
     def __init__(self, features: Features, labels: csr_matrix, options: LinearOptions) -> None:
-        sums = labels.astype(bool).astype(np.float32).T @ features.train + features.labels
+        documents, label_count = labels.shape  # pyright: ignore
+        if documents < 20:
+            raise RecipeError(f"{documents} training documents; one in 20 is held out, so that 20 or more are needed")
+        shuffled = np.random.default_rng(options.seed).permutation(documents)
+        held = np.sort(shuffled[: min(documents // 20, HELD_OUT)])
+        kept = np.sort(shuffled[len(held) :])
+        known = csr_matrix(labels[kept])
+        fitted = Features(csr_matrix(features.train[kept]), features.test, features.labels)
+        self._counts = label_counts(known)
+        sums = known.astype(bool).astype(np.float32).T @ fitted.train + fitted.labels
         self._centroids = _largest(csr_matrix(normalize(csr_matrix(sums))), options.centroid_features)
-        nearest, _ = self._shortlist(features.train, min(options.negatives, labels.shape[1]))  # pyright: ignore
-        self._weights, self._biases = _classifiers(features, labels, nearest, options)
+        nearest, _ = self._shortlist(fitted.train, min(options.negatives, label_count))
+        self._weights, self._biases = _classifiers(fitted, known, nearest, options)
+        self._mix = self._fit_mix(csr_matrix(features.train[held]), csr_matrix(labels[held]), min(100, label_count))
 
     def predict(self, documents: csr_matrix, k: int) -> np.ndarray:
         """The k best labels of each document, the best first: (documents, k)."""
-        shortlist, cosines = self._shortlist(documents, k)
-        outputs = np.concatenate(
-            [
-                np.take_along_axis((documents[part] @ self._weights.T).toarray(), shortlist[part], axis=1)
-                for part in _blocks(documents, "classifying")
-            ]
-        )
-        margins = np.maximum(1 - outputs - self._biases[shortlist], 0)
-        order = np.argsort(-np.exp(-(margins**2)) * cosines, axis=1, kind="stable")
+        shortlist, evidence = self._evidence(documents, k)
+        order = np.argsort(-(evidence @ self._mix), axis=1, kind="stable")
         return np.take_along_axis(shortlist, order, axis=1)
 
+    def _fit_mix(self, documents: csr_matrix, labels: csr_matrix, k: int) -> np.ndarray:
+        """The weights of a logistic regression on documents that nothing else was fitted to."""
+        shortlist, evidence = self._evidence(documents, k)
+        right = Ranking(shortlist, labels).hits
+        if right.all() or not right.any():
+            raise RecipeError(
+                f"{len(right)} held-out documents have all or none of their shortlisted labels: too few data"
+            )
+        regression = LogisticRegression(max_iter=200).fit(evidence.reshape(-1, evidence.shape[2]), right.ravel())
+        return regression.coef_[0]
+
+    def _evidence(self, documents: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shortlisted labels (documents, k), and what speaks for each of them, (documents, k, 4)."""
+        shortlist, cosines = self._shortlist(documents, k)
+        outputs = np.zeros(shortlist.shape)
+        for part in _blocks(documents, "classifying"):
+            outputs[part] = np.take_along_axis((documents[part] @ self._weights.T).toarray(), shortlist[part], axis=1)
+        outputs += self._biases[shortlist]
+        hinge = -(np.maximum(1 - outputs, 0) ** 2)
+        frequency = np.log1p(self._counts)[shortlist]
+        return shortlist, np.stack([outputs, hinge, np.log(np.maximum(cosines, 1e-3)), frequency], axis=2)
+
     def _shortlist(self, documents: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k labels whose centroids are nearest, and their cosines, the largest first: (documents, k) both."""
+        """The most frequent labels and those whose centroids are nearest, and their cosines: (documents, k) both."""
         found = []
         transposed = csr_matrix(self._centroids.T)
+        frequent = np.argsort(-self._counts, kind="stable")[: k // 4]
         for part in _blocks(documents, "shortlists"):
             scores = (documents[part] @ transposed).toarray()
-            labels = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-            cosines = np.take_along_axis(scores, labels, axis=1)
-            order = np.argsort(-cosines, axis=1, kind="stable")
-            found.append((np.take_along_axis(labels, order, axis=1), np.take_along_axis(cosines, order, axis=1)))
+            cosines = scores[:, frequent].copy()
+            scores[:, frequent] = -1  # each label once
+            nearest = np.argpartition(-scores, k - len(frequent) - 1, axis=1)[:, : k - len(frequent)]
+            labels = np.concatenate([np.broadcast_to(frequent, cosines.shape), nearest], axis=1)
+            found.append((labels, np.concatenate([cosines, np.take_along_axis(scores, nearest, axis=1)], axis=1)))
         labels, cosines = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return labels, cosines
 
