@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
+from recipes.extreme_classification.command import main
 from recipes.extreme_classification.dataset import Dataset, Splits
 from recipes.extreme_classification.neural import command, predict, training
 from recipes.extreme_classification.neural.encoders import make_encoder, make_tokenizer, tokenize
@@ -153,6 +154,14 @@ def test_a_temperature_goes_with_the_vectors():
     assert unit.temperature == 0.05
     assert torch.allclose(unit.label_vectors().norm(dim=-1), torch.ones(len(WORDS)))
     assert XmcModel(CLASSIFIER, make_encoder(settings, tokenizer), settings, 12, None).temperature == 1.0
+
+
+def test_the_command_runs_both(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_data", lambda options: splits)
+    small = ["--epochs", "1", "--hidden_size", "8", "--vocab_size", "80", "--max_length", "8"]
+    for kind in (CLASSIFIER, DUAL_ENCODER):
+        main(["--model", kind, "--output_dir", str(tmp_path / kind), *small])
+        assert json.loads((tmp_path / kind / "results.json").read_text())["model"] == f"{kind}, decoupled_softmax"
 
 
 def test_presets_give_way_to_options():

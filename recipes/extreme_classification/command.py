@@ -11,9 +11,9 @@ from recipes.one_billion_word.errors import RecipeError
 
 MODELS = {  # a name, and the module whose `run(name, other arguments)` is called; imported only when chosen
     "linear": "recipes.extreme_classification.linear",
+    "classifier": "recipes.extreme_classification.neural.command",
+    "dual_encoder": "recipes.extreme_classification.neural.command",
     "label_tree": "recipes.extreme_classification.label_tree",
-    "classifier": "recipes.extreme_classification.neural.classifier",
-    "dual_encoder": "recipes.extreme_classification.neural.dual_encoder",
 }
 
 
