@@ -49,7 +49,7 @@ class CodebookOptions:
 
     output_dir: str = field(default="runs/codebooks", metadata={"help": "Where table, plot and numbers are written."})
     sizes: str = field(
-        default="64,256,1024,4096", metadata={"help": "Codebook sizes K, at most the number of words, with commas."}
+        default="64,256,1024,4096", metadata={"help": "Codebook sizes K, at most the number of words; with commas."}
     )
     steps: int = field(default=300, metadata={"help": "Training steps from scratch."})
     tuning_steps: int = field(default=100, metadata={"help": "Training steps of a codebook from the dense model."})
