@@ -1,6 +1,7 @@
 """Settings of the whole test run."""
 
 import os
+import sys
 
 # Nothing is fetched in a test: a name that is not a local folder must fail at once, not after a network timeout.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,3 +32,12 @@ hypothesis.settings.load_profile("xhead")
 def _seeded() -> None:
     """Each test draws the same numbers whether it runs alone, in another order or on another worker."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerate_state():
+    """accelerate keeps the first Accelerator's settings for the whole process, and refuses others."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)

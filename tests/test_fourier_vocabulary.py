@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer
 
@@ -106,13 +105,6 @@ def test_in_a_model(token_range, tied, tmp_path):
     assert isinstance(xhead.unpatch(model).lm_head, nn.Linear)
 
 
-@pytest.fixture
-def _own_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests set one up otherwise
-
-
-@pytest.mark.usefixtures("_own_accelerator")
 def test_trainer(tmp_path):
     def fresh():
         return xhead.patch(tiny("LlamaForCausalLM"), head="fourier", num_frequencies=9, token_range=(10, 90))
