@@ -21,11 +21,14 @@ from benchmarks.report import RESULTS, markdown_table
 from benchmarks.spherical import spherical_table
 from benchmarks.spherical_losses import table as spherical_losses_table
 from benchmarks.vq import vq_table
+from recipes.extreme_classification.compare import about as extreme_about
+from recipes.extreme_classification.compare import table as extreme_table
 from recipes.forecasting.report import table as forecasting_table
 from recipes.forecasting.toy_report import toy_table
 
 ROOT = Path(__file__).parent.parent
 FORECASTING = ROOT / "recipes" / "forecasting"
+EXTREME = ROOT / "recipes" / "extreme_classification"
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -142,6 +145,11 @@ def forecasting_toy() -> str:
     return f"{about}\n\n```\n{toy_table(record)}```"
 
 
+def extreme_classification() -> str:
+    record = json.loads((EXTREME / "results" / "results.json").read_text())
+    return f"{extreme_about(record)}.\n\n```\n{extreme_table(record)}```"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu.training": cpu_training,
     "cpu.forward": cpu_forward,
@@ -157,6 +165,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fourier": fourier,
     "forecasting": forecasting,
     "forecasting.toy": forecasting_toy,
+    "extreme_classification": extreme_classification,
     "losses": loss_table,
 }
 
@@ -178,7 +187,7 @@ def rendered(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), FORECASTING / "README.md"]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), FORECASTING / "README.md", EXTREME / "README.md"]
 
 
 def main() -> None:
