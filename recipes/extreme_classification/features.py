@@ -50,7 +50,7 @@ class TfIdf:
         places: dict[str, int] = {}
         counts = _count(map(_words, texts), words)
         held = _count((_features(word, characters) for word in words), places)
-        texts_with = np.bincount((counts @ held).indices, minlength=len(places))
+        texts_with = np.bincount(csr_matrix(counts @ held).indices, minlength=len(places))
         names = np.array(list(places), object)
         inside = np.array([name.startswith("#") for name in names], bool)
         chosen = []

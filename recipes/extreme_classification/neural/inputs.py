@@ -73,6 +73,7 @@ class TokenReader:
 
     def __call__(self, texts: Sequence[str], file: Path | None = None) -> TokenInputs:
         padding = self.tokenizer.pad_token_id or 0
+        assert isinstance(padding, int)
         if file is not None:
             return TokenInputs(tokenize(texts, self.tokenizer, self.max_length, file), padding)
         found = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"] if texts else []

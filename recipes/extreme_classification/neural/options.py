@@ -54,10 +54,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 1024,
         "negatives": "random",
         "negative_count": 8192,
-        "learning_rate": 0.02,
+        "learning_rate": 0.15,
+        "adam_epsilon": 3e-5,
+        "temperature": 0.04,
         "weight_decay": 0.0,
         "dropout": 0.3,
-        "epochs": 5,
+        "epochs": 3,
         "warmup": 0.05,
         "held_out": 0.01,
     },
@@ -127,6 +129,10 @@ class NeuralOptions:
     batch_size: int = field(default=128, metadata={"help": "Documents of a step."})
     epochs: int = field(default=10, metadata={"help": "At most."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
+    adam_epsilon: float = field(
+        default=1e-8,
+        metadata={"help": "Of AdamW; a larger one keeps what only has tiny gradients, rare labels, where it is."},
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
     warmup: float = field(default=0.1, metadata={"help": "Share of the steps; then the rate falls to 0, linearly."})
     dropout: float = field(default=0.0, metadata={"help": "Of the encoder; of tfidf, the share of features left out."})
@@ -158,7 +164,7 @@ class NeuralOptions:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise RecipeError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "classifier_learning_rate", "weight_decay"):
+        for name in ("learning_rate", "classifier_learning_rate", "weight_decay", "adam_epsilon"):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"--{name} must be 0 or more, got {getattr(self, name)}")
         if not (0 <= self.dropout < 1 and 0 <= self.warmup <= 1):

@@ -92,7 +92,11 @@ class Training:
         self.held_out, self.train = documents.part(order[:kept_out]), documents.part(order[kept_out:])
         self.loss = get_loss(options.loss, **options.parsed_loss_options)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+            model.parameters(),
+            lr=options.learning_rate,
+            eps=options.adam_epsilon,
+            weight_decay=options.weight_decay,
+            fused=True,
         )
         self.steps = -(-len(self.train) // options.batch_size)
         total = self.steps * options.epochs
