@@ -80,7 +80,7 @@ OURS = "spherical head, Z-loss"
 
 
 def measure_together(steps: dict[tuple[str, int], Callable[[], object]], repeats: int, warmup: int) -> list[dict]:
-    """A record a (side, number of classes), timed in turns: seconds a step and memory over what is held between steps."""
+    """A record each, timed in turns: seconds a step, and memory over what is held between steps."""
     labels = {f"{name}, V {classes:,}": (name, classes) for name, classes in steps}
     timings = measure.time_interleaved(
         {label: steps[key] for label, key in labels.items()}, repeats=repeats, warmup=warmup
@@ -102,7 +102,9 @@ def measure_sides(options: argparse.Namespace) -> list[dict]:
     del ours
     for name in [name for name in SIDES if name != OURS]:
         # Each on its own: after a step that streams gigabytes, the next would find cold caches.
-        records += measure_together({(name, largest): SIDES[name](batches[largest], largest)}, options.repeats, warmup=1)
+        step = SIDES[name](batches[largest], largest)
+        records += measure_together({(name, largest): step}, options.repeats, warmup=1)
+        del step
     return records
 
 
