@@ -183,7 +183,7 @@ def test_cpu_command(tmp_path, capsys):
 
 
 def test_class_order_command(tmp_path, capsys):
-    arguments = ["--rows", "512", "--classes", "1024", "--width", "16", "--exponents", "8"]
+    arguments = ["--rows", "512", "--classes", "2048", "--width", "32", "--kept_share", "0.03", "--exponents", "8"]
     record = class_order.main([*arguments, "--output", str(tmp_path / "order.json")])
     shares = {each["order"]: each["tiles"]["128 x 128"] for each in record["orders"]}
     assert len(shares) == 4
