@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     softmax = head_inputs.softmax_of(inputs)
     record: dict[str, object] = {
         "environment": measure.environment(),
-        "inputs": {"source": inputs.source, **inputs.shape, "dtype": str(inputs.hidden.dtype), **vars(softmax)},
+        "inputs": head_inputs.record_of(inputs, softmax),
         "orders": count(inputs.hidden, inputs.weight, options.exponents),
     }
     print(f"{inputs.source}: {inputs.shape}\n\n{order_table(record['orders'])}\n")  # type: ignore[arg-type]

@@ -172,8 +172,8 @@ def test_many_active_tiles_are_multiplied_out_and_exact():
         assert torch.equal(mine, exact)
 
 
-def test_few_active_tiles_are_visited_alone(monkeypatch):
-    inputs = like_a_language()
+def watch_shares(monkeypatch):
+    """The share of active tiles of each filtered backward from here on, in a list that grows."""
     shares = []
     add_gradients = active_tiles.ActiveTiles.add_gradients
 
@@ -182,6 +182,11 @@ def test_few_active_tiles_are_visited_alone(monkeypatch):
         return add_gradients(tiles, *arguments)
 
     monkeypatch.setattr(active_tiles.ActiveTiles, "add_gradients", watched)
+    return shares
+
+
+def test_few_active_tiles_are_visited_alone(monkeypatch):
+    inputs, shares = like_a_language(), watch_shares(monkeypatch)
     filtered = gradients(inputs, filter_eps=2**-4)
     assert 0 < shares[0] <= engine.DENSE_SHARE
     exact = gradients(inputs, filter_eps=None)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.dense import relative_error
-from tests.test_triton import DEVICE, SLACK, doubled, gradients, like_a_language, make, rows_of
-from xhead.engines import active_tiles, class_order
+from tests.test_triton import DEVICE, SLACK, doubled, gradients, like_a_language, make, rows_of, watch_shares
+from xhead.engines import class_order
 from xhead.engines import operands as engine_operands
 from xhead.engines import triton as engine
 from xhead.statistics import row_statistics
@@ -20,20 +20,6 @@ def filter_always(monkeypatch):
     class_order.clear()
     yield
     class_order.clear()
-
-
-@pytest.fixture
-def shares(monkeypatch):
-    """The share of active tiles of each filtered backward."""
-    seen = []
-    add_gradients = active_tiles.ActiveTiles.add_gradients
-
-    def watched(tiles, *arguments):
-        seen.append(tiles.share)
-        return add_gradients(tiles, *arguments)
-
-    monkeypatch.setattr(active_tiles.ActiveTiles, "add_gradients", watched)
-    return seen
 
 
 def shuffled(monkeypatch, classes):
@@ -86,12 +72,13 @@ def test_the_largest_logit_is_named_by_its_class(monkeypatch):
     assert torch.equal(found.argmax, (hidden @ weight.T).argmax(1))
 
 
-def test_calls_learn_an_order_that_needs_fewer_tiles(shares):
+def test_calls_learn_an_order_that_needs_fewer_tiles(monkeypatch):
     """A few classes that are often likely, among many that never are, numbered at random."""
     hidden, weight, _, target = like_a_language()
     order = torch.randperm(weight.shape[0], device=DEVICE)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=DEVICE))
     weight, target = weight.detach()[order].requires_grad_(), place[target]
+    shares = watch_shares(monkeypatch)
     for half in (slice(0, None, 2), slice(1, None, 2), slice(1, None, 2)):
         gradients((hidden[half].detach().requires_grad_(), weight, None, target[half]), filter_eps=2**-5)
     numbered, learned, again = shares
