@@ -27,6 +27,8 @@ def comparison(folders: Sequence[Path]) -> dict[str, Any]:
             runs.append(json.loads((folder / "results.json").read_text()))
         except (OSError, json.JSONDecodeError) as error:
             raise RecipeError(f"{folder} holds no results of a model: {error}") from error
+        # Where a run was written says nothing about it.
+        runs[-1]["options"].pop("output_dir", None)
         for name in SAME:
             if runs[-1][name] != runs[0][name]:
                 raise RecipeError(

@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 128,
         "own_vectors": True,
         "classifier_adaptive": True,
-        "classifier_learning_rate": 0.05,
+        "classifier_learning_rate": 0.2,
         "label_chunk": 65536,
         "batch_size": 1024,
         "negatives": "random",
