@@ -1,0 +1,78 @@
+"""A model that transformers has split over processes by its own tensor-parallel plan, patched."""
+
+import os
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
+
+import xhead
+from tests.processes import counted, in_processes
+from tests.tiny import tokens
+
+RANKS = 2
+LOSSES = [
+    ("cce", {}),
+    ("focal", {"gamma": 1.5}),
+    ("cce+0.3*ntl_was", {"token_ids": list(range(10, 20)), "values": list(range(10))}),
+    ("zloss", {}),
+    ("cosface", {"scale": 8.0}),
+]
+
+
+def _full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _train(rank, folders):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    for folder in folders:
+        batch = tokens()
+        for name, options in LOSSES:
+            plain = xhead.patch(LlamaForCausalLM.from_pretrained(folder), loss=name, **options)
+            model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
+            assert isinstance(model.lm_head.weight, DTensor)
+            stock_forward = model.lm_head.forward
+            xhead.patch(model, loss=name, **options)
+            for step in range(2):
+                for each in (plain, model):
+                    each.zero_grad()
+                expected = plain(**batch).loss
+                with counted() as forward:
+                    output = model(**batch)
+                torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=0)
+                assert isinstance(output.logits, xhead.LazyLogits)
+                expected.backward()
+                with counted() as backward:
+                    output.loss.backward()
+                if step and name == "cce":
+                    # The model's own layers go by DTensor's collectives, which are not among these.
+                    assert [each for each, _ in forward] == ["all_gather_into_tensor"]
+                    assert [each for each, _ in backward] == ["all_reduce"]
+            for (key, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(
+                    _full(ours.grad), theirs.grad, rtol=1e-5, atol=1e-7, msg=lambda text, k=key, n=name: f"{n} {k} {text}"
+                )
+            status = xhead.status(model)
+            assert (status.cut, status.materialized) == (2, 0), status
+            with torch.no_grad():
+                torch.testing.assert_close(_full(model(**batch).logits), plain(**batch).logits)
+            xhead.unpatch(model)
+            assert model.lm_head.forward is stock_forward
+            torch.testing.assert_close(_full(model(**batch).loss), xhead.unpatch(plain)(**batch).loss)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensor_parallel_plan(tmp_path):
+    folders = []
+    for tied in (False, True):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, tie_word_embeddings=tied,
+        )  # fmt: skip
+        folders.append(str(tmp_path / f"tied-{tied}"))
+        LlamaForCausalLM(config).save_pretrained(folders[-1])
+    in_processes(_train, RANKS, tmp_path, folders)

@@ -1,0 +1,98 @@
+"""Wrappers around a patched model in two processes, against one process: FSDP1, FSDP2 resharded, and the Trainer."""
+
+import os
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+
+import xhead
+from tests.processes import in_processes
+from tests.test_trainer import train
+from tests.tiny import tiny, tokens, twins
+from xhead.projection import CutLinear
+
+RANKS = 2
+
+
+def _full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _fsdp1(model, mesh, **options):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True, **options)
+
+
+def _fsdp2(model, mesh, apart=False, **options):
+    if apart:
+        fully_shard(model.lm_head, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+WRAPPERS = {
+    "FSDP1": _fsdp1,
+    "FSDP1, head apart": lambda m, mesh: _fsdp1(m, mesh, auto_wrap_policy=ModuleWrapPolicy({CutLinear})),
+    "FSDP2, resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=True),
+    "FSDP2, not resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=False),
+    "FSDP2, head apart, not resharded": lambda m, mesh: _fsdp2(m, mesh, True, reshard_after_forward=False),
+}
+
+
+def _gradients(model):
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): None if each.grad is None else each.grad.clone()
+                for name, each in model.named_parameters()
+            }
+    return {name: None if each.grad is None else _full(each.grad) for name, each in model.named_parameters()}
+
+
+def _wrap(rank):
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for tied in (False, True):
+        for name, wrap in WRAPPERS.items():
+            if tied and "apart" in name:
+                continue
+            plain, model = twins("LlamaForCausalLM", tie_word_embeddings=tied)
+            wrapped = wrap(xhead.patch(model), mesh)
+            for micro_batch in range(2):  # accumulated
+                for seed in range(RANKS):
+                    (plain(**tokens(seed=RANKS * micro_batch + seed)).loss / RANKS).backward()
+                wrapped(**tokens(seed=RANKS * micro_batch + rank)).loss.backward()
+            found = _gradients(wrapped)
+            for key, parameter in plain.named_parameters():
+                torch.testing.assert_close(
+                    found[key], parameter.grad, rtol=1e-5, atol=1e-7, msg=lambda text, k=key, n=name: f"{n} {k} {text}"
+                )
+            status = xhead.status(model)
+            assert (status.cut, status.materialized) == (2, 0), (name, status)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrappers(tmp_path):
+    in_processes(_wrap, RANKS, tmp_path)
+
+
+def _train(rank, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+    model = xhead.patch(tiny("LlamaForCausalLM").eval())
+    _, curve = train(
+        model, folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, average_tokens_across_devices=True
+    )
+    if rank == 0:
+        torch.save((curve, model.state_dict()), f"{folder}/trained.pt")
+
+
+def test_trainer_averages_tokens_across_processes(tmp_path):
+    """Two processes of two rows a micro-batch are one of four, whose rows count different numbers of tokens."""
+    in_processes(_train, RANKS, tmp_path, str(tmp_path))
+    curve, trained = torch.load(tmp_path / "trained.pt")
+    model = xhead.patch(tiny("LlamaForCausalLM").eval())
+    _, expected = train(model, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    torch.testing.assert_close(curve, expected, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,384 @@
+"""Processes that share the classes: every statistic and loss, and all gradients, equal one process's."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import xhead
+from benchmarks.scaling import hidden_gradient, own_statistics
+from tests.dense import relative_error
+from tests.processes import counted, in_processes
+from tests.statistic_case import NAMES, Case
+from tests.test_losses import NEEDED
+from xhead.losses import distillation, get_loss
+from xhead.statistics import row_statistics
+
+ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+# Edges of the shards: even, uneven, with empty ones, and in another order than the ranks.
+EDGES = {
+    2: [[(0, 60), (60, 121)], [(0, 7), (7, 121)], [(0, 0), (0, 121)], [(100, 121), (0, 100)]],
+    4: [[(0, 31), (31, 62), (62, 93), (93, 121)], [(0, 1), (1, 1), (100, 121), (1, 100)]],
+}
+CLASSES = 121
+
+ASKED = [
+    (("lse", "target"), {}),
+    (NAMES, {}),
+    (NAMES, {"softcap": 3.0, "scale": 0.7}),
+    (("mean", "variance", "argmax"), {"mean_weight": True}),
+    (("lse", "mean", "target"), {"mean_weight": True, "row_mask": True}),
+    (("variance",), {}),
+    (("entropy",), {"row_mask": True}),
+    (("expectation", "max"), {}),
+    (("pointwise_sum", "column_logits"), {"pointwise": "softplus", "row_mask": True}),
+    (("complement_lse", "column_logits"), {"softcap": 3.0}),
+    (("target", "lse"), {"soft": True}),
+]
+
+
+def _close(found, expected, dtype, what):
+    assert found.shape == expected.shape, what
+    assert relative_error(found, expected, 1e-3) <= ALLOWED[dtype], (what, relative_error(found, expected, 1e-3))
+
+
+def _split(vocabulary, hidden, weight, bias):
+    """The process's own leaves, of leaves that are whole."""
+    own = vocabulary.own
+    shards = (hidden, weight[own], None if bias is None else bias[own])
+    return [None if each is None else each.detach().clone().requires_grad_() for each in shards]
+
+
+def _close_gradients(vocabulary, leaves, whole, dtype, what):
+    hidden, weight, bias = (None if each is None else each.grad for each in whole)
+    expected = (hidden, weight[vocabulary.own], None if bias is None else bias[vocabulary.own])
+    for name, leaf, gradient in zip(("hidden", "weight", "bias"), leaves, expected, strict=True):
+        if leaf is not None:
+            _close(leaf.grad, gradient, dtype, f"{what}: gradient of {name}")
+
+
+def _check_statistics(vocabulary, dtype):
+    case = Case(classes=CLASSES, rows=9, size=7, dtype=dtype, peak=2.0)
+    case.columns[0] = -1  # a row without columns
+    case.columns[1] = torch.arange(5)  # all columns on one process, for most edges
+    mask = torch.arange(9) % 4 != 2
+    generator = torch.Generator().manual_seed(1)
+    upstream = {**case.upstream, "pointwise_sum": torch.randn(9, generator=generator, dtype=torch.float64)}
+    for names, asked in ASKED:
+        options = {key: value for key, value in asked.items() if key not in ("mean_weight", "row_mask", "soft")}
+        options.update(case.arguments(names))
+        if "column_logits" in names or "complement_lse" in names:
+            options["columns"] = case.columns
+        if "mean_weight" in asked:
+            options["mean_weight"] = torch.rand(CLASSES, generator=torch.Generator().manual_seed(2))
+            options["mean_weight"][:10] = 0  # the whole of one shard
+        if "row_mask" in asked:
+            options["row_mask"] = mask
+        if "soft" in asked:
+            options["target"] = torch.rand(9, CLASSES, generator=torch.Generator().manual_seed(3), dtype=dtype)
+        own = _split(vocabulary, *case.inputs)
+        whole = [each.detach().clone().requires_grad_() for each in case.inputs]
+        expected = row_statistics(whole[0], whole[1], names, bias=whole[2], filter_eps=None, **options)
+        entered = vocabulary.enter(own[0])
+        found = row_statistics(
+            entered, own[1], names, bias=own[2], filter_eps=None, vocabulary=vocabulary, **options
+        )
+        totals = []
+        for statistics in (expected, found):
+            total = 0.0
+            for name in names:
+                value = getattr(statistics, name)
+                if name in ("max", "argmax"):
+                    continue
+                if name == "column_logits":
+                    factor = torch.randn(value.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+                else:
+                    factor = upstream[name]
+                total = total + torch.where(value.isfinite(), value.double() * factor, 0.0).sum()
+            totals.append(total)
+        for name in names:
+            ours, theirs = getattr(found, name), getattr(expected, name)
+            if name == "argmax":
+                assert torch.equal(ours, theirs), (names, asked)
+                continue
+            finite = theirs.isfinite()
+            assert torch.equal(ours.isfinite(), finite), (name, asked)
+            _close(ours[finite], theirs[finite], dtype, (name, asked, vocabulary))
+        for total in totals:
+            total.backward()
+        _close_gradients(vocabulary, own, whole, dtype, (names, asked, vocabulary))
+
+
+def _check_cross_entropy(vocabulary, dtype):
+    case = Case(classes=CLASSES, rows=12, size=7, dtype=dtype, peak=3.0)
+    first = vocabulary.ranges[-1][0]
+    targets = {"anywhere": case.target, "on one rank": torch.full_like(case.target, first)}
+    targets["ignored"] = torch.full_like(case.target, -100)
+    targets["some ignored"] = torch.where(torch.arange(12) % 3 == 0, -100, case.target)
+    targets["soft"] = torch.rand(12, CLASSES, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    class_weight = torch.rand(CLASSES, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    for what, target in targets.items():
+        for options in (
+            {},
+            {"label_smoothing": 0.1, "class_weight": class_weight, "softcap": 5.0, "lse_penalty": 0.01},
+            {"reduction": "none", "filter_eps": None},
+        ):
+            if what == "ignored" and "reduction" not in options:
+                continue  # 0 / 0, as in PyTorch
+            own, whole = _split(vocabulary, *case.inputs), [each.detach().clone().requires_grad_() for each in case.inputs]
+            common = {"return_lse": True, "return_accuracy": what != "ignored", **options}
+            expected = xhead.linear_cross_entropy(whole[0], whole[1], target, bias=whole[2], **common)
+            found = xhead.linear_cross_entropy(own[0], own[1], target, bias=own[2], vocabulary=vocabulary, **common)
+            for ours, theirs in zip(found, expected, strict=True):
+                _close(ours, theirs, dtype, (what, options))
+            for loss in (expected, found):
+                (loss[0].sum() + 0.3 * loss[1].sum()).backward()
+            _close_gradients(vocabulary, own, whole, dtype, (what, options))
+
+
+def _check_collectives(vocabulary):
+    vocabulary = xhead.Vocabulary(CLASSES, vocabulary.start, vocabulary.stop)  # one that has agreed on nothing yet
+    rows, width = 12, 7
+    case = Case(classes=CLASSES, rows=rows, size=width, dtype=torch.float32)
+    own = _split(vocabulary, *case.inputs)
+    # argmax travels as two numbers of 4 bytes.
+    for options, numbers in (({}, 2), ({"label_smoothing": 0.1, "return_lse": True, "return_accuracy": True}, 6)):
+        for step in range(2):
+            with counted() as forward:
+                loss = xhead.linear_cross_entropy(
+                    own[0], own[1], case.target, bias=own[2], vocabulary=vocabulary, **options
+                )
+            with counted() as backward:
+                (loss[0] if options else loss).backward()
+            told = [("all_gather_object", 0)] * (step == 0)
+            assert forward == [*told, ("all_gather_into_tensor", own_statistics(rows, numbers))], forward
+            assert backward == [("all_reduce", hidden_gradient(rows, width, itemsize=4))], backward
+    # A sum of losses: the hidden states' gradient is reduced once whatever is asked of them.
+    logits = xhead.LazyLogits(*own, vocabulary=vocabulary)
+    rows = get_loss("cce+0.3*ntl_was+0.1*lse_penalty", **NEEDED["ntl_was"])(logits, case.target)
+    with counted() as backward:
+        rows.sum().backward()
+    assert backward == [("all_reduce", own[0].nbytes)], backward
+
+
+def _check_dtensors(vocabulary, ranks):
+    """A weight that is a DTensor, and hidden states that are split along their rows."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    case = Case(classes=CLASSES, rows=8, size=7, dtype=torch.float64)
+    whole = [each.detach().clone().requires_grad_() for each in case.inputs]
+    expected = xhead.linear_cross_entropy(whole[0], whole[1], case.target, bias=whole[2])
+    expected.backward()
+    for placement in (None, Replicate(), Shard(0)):
+        weight, bias = (distribute_tensor(each.detach(), mesh, [Shard(0)]).requires_grad_() for each in whole[1:])
+        hidden = whole[0].detach().clone().requires_grad_()
+        if placement is not None:
+            hidden = distribute_tensor(hidden.detach(), mesh, [placement]).requires_grad_()
+        for step in range(2):
+            for leaf in (hidden, weight, bias):
+                leaf.grad = None
+            with CommDebugMode() as forward:
+                loss = xhead.linear_cross_entropy(hidden, weight, case.target, bias=bias)
+            with CommDebugMode() as backward:
+                loss.backward()
+        split = placement == Shard(0)
+        assert forward.get_total_counts() == 1 + split, (placement, forward.get_comm_counts())
+        assert backward.get_total_counts() == 1, (placement, backward.get_comm_counts())
+        assert split == any("reduce_scatter" in str(each) for each in backward.get_comm_counts())
+        _close(loss, expected, torch.float64, placement)
+        for leaf, like in zip((hidden, weight, bias), whole, strict=True):
+            gradient = leaf.grad
+            assert placement is None or isinstance(gradient, DTensor)
+            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            _close(gradient, like.grad, torch.float64, placement)
+    with pytest.raises(TypeError, match="split along its rows"):
+        xhead.linear_cross_entropy(hidden, distribute_tensor(whole[1].detach(), mesh, [Shard(1)]), case.target)
+    with pytest.raises(TypeError, match="leave vocabulary out"):
+        xhead.linear_cross_entropy(whole[0], weight, case.target, vocabulary=vocabulary)
+
+
+WHOLE = ("apl", "mann_whitney", "soft_topk", "subcenter_arcface")
+"""Losses that no statistics give: the weight is gathered for them, and they say so."""
+
+OTHERS = [
+    ("apl", {"active": "nfl"}, False),
+    ("ldr_kl", {"margin": 0.5}, False),
+    ("aldr_kl", {"margin": 0.5, "steps": 40}, True),
+    ("cosface", {"class_sample": 0.4, "seed": 1, "scale": 8.0}, False),
+    ("subcenter_arcface", {"sub_centers": 11, "scale": 8.0}, False),
+    ("cce", {"label_smoothing": 0.1, "filter_eps": None}, True),
+    ("cce+0.3*ntl_was+0.2*ntl_number", {"reweigh": True, **NEEDED["ntl_was"]}, True),
+    ("cce+0.1*zloss", {}, True),
+]
+
+
+def _losses():
+    numbers = {name: NEEDED.get(name, {}) for name in xhead.list_losses()}
+    cosines = ("cosface", "arcface", "adaface", "elasticface", "subcenter_arcface", "normalised_softmax", "sphereface2")
+    for name, options in numbers.items():
+        scale = {"scale": 8.0} if name in cosines else {}
+        seed = {"seed": 0} if name == "elasticface" else {}
+        yield name, {**options, **scale, **seed}, name not in cosines
+    yield from OTHERS
+
+
+def _check_losses(vocabulary, dtype):
+    case = Case(classes=CLASSES, rows=10, size=7, dtype=dtype, peak=0.5)
+    labels = case.target.clone()
+    labels[:4] = torch.arange(2, 6)  # number tokens
+    factor = torch.randn(10, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for name, options, with_bias in _losses():
+        whole = [each.detach().clone().requires_grad_() for each in case.inputs]
+        if not with_bias:
+            whole[2] = None
+        own = _split(vocabulary, *whole)
+        wanted = labels % (CLASSES // 11) if "sub_centers" in options and options["sub_centers"] > 1 else labels
+        expected = get_loss(name, **options)(xhead.LazyLogits(*whole), wanted)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = get_loss(name, **options)(xhead.LazyLogits(*own, vocabulary=vocabulary), wanted)
+        gathered = any("gathered" in str(warning.message) for warning in caught)
+        no_statistic = name in WHOLE and (name != "apl" or "active" in options)
+        assert gathered == no_statistic, name
+        _close(found, expected, dtype, name)
+        for rows in (expected, found):
+            (rows * factor).sum().backward()
+        _close_gradients(vocabulary, own, whole, dtype, (name, options))
+
+
+def _check_logits(vocabulary):
+    """What a model does to its logits: slices, per-class numbers, learned temperatures, and reading them."""
+    dtype = torch.float64
+    case = Case(classes=CLASSES, rows=10, size=7, dtype=dtype, peak=0.5)
+    numbers = torch.randn(CLASSES, generator=torch.Generator().manual_seed(6), dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for change in (
+            lambda o, each: o[:, :100],
+            lambda o, each: o[2:, 5:120],
+            lambda o, each: o * each[1] + each[0],
+            lambda o, each: torch.tanh((o + each[0]) / 3.0) * 3.0,
+            lambda o, each: torch.sigmoid(o) * 4.0,
+            lambda o, each: o.softmax(-1) * 10.0,
+        ):
+            results = []
+            for sharded in (False, True):
+                extra = [numbers.clone().requires_grad_(), torch.tensor(1.3, dtype=dtype, requires_grad=True)]
+                leaves = [each.detach().clone().requires_grad_() for each in case.inputs]
+                if sharded:
+                    leaves = _split(vocabulary, *leaves)
+                logits = xhead.LazyLogits(*leaves, vocabulary=vocabulary if sharded else None)
+                logits = change(logits, extra)
+                rows = logits.shape[0]
+                loss = F.cross_entropy(logits, case.target[:rows] % logits.shape[1], label_smoothing=0.1)
+                loss.backward()
+                results.append((loss, leaves, extra))
+            (expected, whole, theirs), (found, own, ours) = results
+            _close(found, expected, dtype, change)
+            _close_gradients(vocabulary, own, whole, dtype, change)
+            for mine, other in zip(ours, theirs, strict=True):
+                assert (mine.grad is None) == (other.grad is None)
+                if other.grad is not None:
+                    _close(mine.grad, other.grad, dtype, change)
+        # Reading the operands, as a loss of one's own may, and a divergence from a teacher that is not split.
+        whole = [each.detach().clone().requires_grad_() for each in case.inputs]
+        own = _split(vocabulary, *whole)
+        teacher = xhead.LazyLogits(torch.randn(10, 3, dtype=dtype), torch.randn(CLASSES, 3, dtype=dtype))
+        for leaves, shared in ((whole, None), (own, vocabulary)):
+            logits = xhead.LazyLogits(*leaves, vocabulary=shared)
+            loss = logits.hidden.square().sum() + logits.weight.pow(3).sum() + logits.bias.sin().sum()
+            loss = loss + logits.class_logits(torch.tensor([120, 3, 60])).square().sum()
+            (loss + distillation.reverse_kl(logits, teacher).sum()).backward()
+        _close_gradients(vocabulary, own, whole, dtype, "operands")
+
+
+def _check_all(rank, ranks):
+    for edges in EDGES[ranks]:
+        vocabulary = xhead.Vocabulary(CLASSES, *edges[rank])
+        for dtype in ALLOWED:
+            _check_statistics(vocabulary, dtype)
+        _check_cross_entropy(vocabulary, torch.float64)
+    _check_cross_entropy(vocabulary, torch.float32)
+    _check_collectives(vocabulary)
+    _check_logits(vocabulary)
+    _check_dtensors(vocabulary, ranks)
+
+
+def _check_every_loss(rank, edges):
+    vocabulary = xhead.Vocabulary(CLASSES, *edges[rank])
+    for dtype in ALLOWED:
+        _check_losses(vocabulary, dtype)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_statistics_and_cross_entropy(ranks, tmp_path):
+    in_processes(_check_all, ranks, tmp_path, ranks)
+
+
+def test_every_loss_of_the_registry(tmp_path):
+    in_processes(_check_every_loss, 2, tmp_path, [(0, 44), (44, 121)])
+
+
+def _raises(kind, match, function):
+    with pytest.raises(kind, match=match):
+        function()
+    dist.barrier()  # every process got here
+
+
+def _check_bad_input(rank):
+    for edges, classes, match in (
+        ([(0, 5), (4, 10)], (10, 10), "4 belongs to two"),
+        ([(0, 4), (5, 10)], (10, 10), r"\[4, 5\) belongs to no process.*rank 0 \[0, 4\), rank 1 \[5, 10\)"),
+        ([(0, 4), (4, 9)], (10, 10), r"\[9, 10\) belongs to no process"),
+        ([(0, 4), (4, 11)], (10, 10), "must lie within the 10 classes"),
+        ([(0, 4), (4, 10)], (10, 11), "agree on the number of classes"),
+        ([(0, 4), (4, 10.0)], (10, 10), "whole numbers"),
+    ):
+        _raises(ValueError, match, lambda e=edges, c=classes: xhead.Vocabulary(c[rank], *e[rank]))
+
+    vocabulary = xhead.Vocabulary(10, *[(0, 4), (4, 10)][rank])
+    size = vocabulary.stop - vocabulary.start
+
+    def loss(hidden=torch.float32, weight=torch.float32, rows=size, target=0, length=6, **options):
+        xhead.linear_cross_entropy(
+            torch.ones(length, 3, dtype=hidden),
+            torch.ones(rows, 3, dtype=weight),
+            torch.full((length,), target),
+            vocabulary=vocabulary,
+            **options,
+        )
+
+    first = rank == 0
+    differ = "they differ:\n  rank 0: .*\n  rank 1: "
+    _raises(RuntimeError, differ, lambda: loss(label_smoothing=0.1 if first else 0.0))
+    _raises(RuntimeError, differ, lambda: loss(softcap=3.0 if first else 4.0))
+    _raises(RuntimeError, differ, lambda: loss(length=6 if first else 7))
+    _raises(RuntimeError, differ, lambda: loss(weight=torch.float64 if first else torch.float32))
+    wide = torch.float64 if first else torch.float32
+    _raises(RuntimeError, differ, lambda: loss(hidden=wide, weight=wide))
+    _raises(RuntimeError, differ, lambda: loss(rows=size + first))
+    _raises(RuntimeError, "must be the . rows of the classes", lambda: loss(rows=1))
+    _raises(IndexError, "target 10 is out of bounds: classes are 0 to 9", lambda: loss(target=10))
+    _raises(RuntimeError, "same batch", lambda: loss(target=3 if first else 4))
+    loss()
+
+    hidden, weight = torch.ones(6, 3), torch.ones(size, 3)
+    labels = torch.zeros(6, dtype=torch.long)
+
+    def patched(name, **options):
+        logits = xhead.LazyLogits(hidden, weight, vocabulary=vocabulary)
+        logits._record.loss = get_loss(name, **options)
+        return F.cross_entropy(logits, labels)
+
+    _raises(RuntimeError, differ, lambda: patched("focal", gamma=1.0 if first else 2.0))
+    _raises(ValueError, "give it a seed", lambda: patched("elasticface"))
+    _raises(ValueError, "give it a seed", lambda: patched("cosface", class_sample=0.5))
+
+
+def test_bad_input_is_an_error_in_every_process(tmp_path):
+    in_processes(_check_bad_input, 2, tmp_path)
