@@ -37,7 +37,8 @@ def _run(rank, function, ranks, folder, arguments):
         dist.destroy_process_group()
 
 
-_COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor", "broadcast")
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_COLLECTIVES = ("all_reduce", GATHER, "all_gather_object", "broadcast")
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def counted():
 
     def counting(name, collective):
         def call(*args, **kwargs):
-            own = args[1] if name == "all_gather_into_tensor" else args[0]
+            own = args[1] if name == GATHER else args[0]
             calls.append((name, own.nbytes if isinstance(own, torch.Tensor) else 0))
             return collective(*args, **kwargs)
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import xhead
-from tests.processes import counted, in_processes
+from tests.processes import GATHER, counted, in_processes
 from tests.tiny import tokens
 
 RANKS = 2
@@ -49,7 +49,7 @@ def _train(rank, folders):
                     output.loss.backward()
                 if step and name == "cce":
                     # The model's own layers go by DTensor's collectives, which are not among these.
-                    assert [each for each, _ in forward] == ["all_gather_into_tensor"]
+                    assert [each for each, _ in forward] == [GATHER]
                     assert [each for each, _ in backward] == ["all_reduce"]
             for (key, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
                 torch.testing.assert_close(

@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import xhead
 from benchmarks.scaling import hidden_gradient, own_statistics
 from tests.dense import relative_error
-from tests.processes import counted, in_processes
+from tests.processes import GATHER, counted, in_processes
 from tests.statistic_case import NAMES, Case
 from tests.test_losses import NEEDED
 from xhead.losses import distillation, get_loss
@@ -157,7 +157,7 @@ def _check_collectives(vocabulary):
             with counted() as backward:
                 (loss[0] if options else loss).backward()
             told = [("all_gather_object", 0)] * (step == 0)
-            assert forward == [*told, ("all_gather_into_tensor", own_statistics(rows, numbers))], forward
+            assert forward == [*told, (GATHER, own_statistics(rows, numbers))], forward
             assert backward == [("all_reduce", hidden_gradient(rows, width, itemsize=4))], backward
     # A sum of losses: the hidden states' gradient is reduced once whatever is asked of them.
     logits = xhead.LazyLogits(*own, vocabulary=vocabulary)
@@ -288,7 +288,7 @@ def _check_logits(vocabulary):
         # Reading the operands, as a loss of one's own may, and a divergence from a teacher that is not split.
         whole = [each.detach().clone().requires_grad_() for each in case.inputs]
         own = _split(vocabulary, *whole)
-        teacher = xhead.LazyLogits(torch.randn(10, 3, dtype=dtype), torch.randn(CLASSES, 3, dtype=dtype))
+        teacher = xhead.LazyLogits(case.hidden.detach()[:, :3], case.weight.detach()[:, :3])
         for leaves, shared in ((whole, None), (own, vocabulary)):
             logits = xhead.LazyLogits(*leaves, vocabulary=shared)
             loss = logits.hidden.square().sum() + logits.weight.pow(3).sum() + logits.bias.sin().sum()

@@ -121,7 +121,6 @@ class Vocabulary:
             )
         self._agreed.add(kind)
 
-
     # What passes between the processes.
 
     def enter(self, shared: Tensor) -> Tensor:
@@ -228,9 +227,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, vocabulary: Vocabulary) -> Tensor:
         ctx.rank = vocabulary.rank
-        together = own.new_empty(vocabulary.size, own.shape[0])
-        dist.all_gather_into_tensor(together, own.contiguous(), group=vocabulary.group)
-        return together
+        return _all_gather(own, vocabulary).view(vocabulary.size, own.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -256,8 +253,7 @@ class _Whole(torch.autograd.Function):
         longest = max(stop - start for start, stop in vocabulary.ranges)
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: rows.shape[0]] = rows
-        together = rows.new_empty(vocabulary.size * longest, *rows.shape[1:])
-        dist.all_gather_into_tensor(together, padded, group=vocabulary.group)
+        together = _all_gather(padded, vocabulary)
         whole = rows.new_empty(vocabulary.classes, *rows.shape[1:])
         for part, (start, stop) in zip(together.split(longest), vocabulary.ranges, strict=True):
             whole[start:stop] = part[: stop - start]
@@ -266,6 +262,15 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0][ctx.own], None
+
+
+def _all_gather(own: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """What each process has, of one shape, one after another along the first dimension."""
+    together = own.new_empty(vocabulary.size * own.shape[0], *own.shape[1:])
+    # The newer name is that of torch 2.13, which warns of the older one.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(together, own.contiguous(), group=vocabulary.group)
+    return together
 
 
 def _check_ranges(told: Sequence[tuple[Any, Any, Any]]) -> None:
