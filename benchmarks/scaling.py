@@ -38,7 +38,7 @@ def hidden_gradient(tokens: int, width: int, itemsize: int = HALF) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """G devices in groups of T that share V classes, b tokens a device. All numbers are a device's, in bytes or FLOP."""
+    """G devices in groups of T that share V classes, b tokens a device. Results are a device's, in bytes or FLOP."""
 
     classes: int
     devices: int

@@ -86,9 +86,7 @@ def _check_statistics(vocabulary, dtype):
         whole = [each.detach().clone().requires_grad_() for each in case.inputs]
         expected = row_statistics(whole[0], whole[1], names, bias=whole[2], filter_eps=None, **options)
         entered = vocabulary.enter(own[0])
-        found = row_statistics(
-            entered, own[1], names, bias=own[2], filter_eps=None, vocabulary=vocabulary, **options
-        )
+        found = row_statistics(entered, own[1], names, bias=own[2], filter_eps=None, vocabulary=vocabulary, **options)
         totals = []
         for statistics in (expected, found):
             total = 0.0
@@ -131,7 +129,10 @@ def _check_cross_entropy(vocabulary, dtype):
         ):
             if what == "ignored" and "reduction" not in options:
                 continue  # 0 / 0, as in PyTorch
-            own, whole = _split(vocabulary, *case.inputs), [each.detach().clone().requires_grad_() for each in case.inputs]
+            own, whole = (
+                _split(vocabulary, *case.inputs),
+                [each.detach().clone().requires_grad_() for each in case.inputs],
+            )
             common = {"return_lse": True, "return_accuracy": what != "ignored", **options}
             expected = xhead.linear_cross_entropy(whole[0], whole[1], target, bias=whole[2], **common)
             found = xhead.linear_cross_entropy(own[0], own[1], target, bias=own[2], vocabulary=vocabulary, **common)
@@ -179,7 +180,7 @@ def _check_dtensors(vocabulary, ranks):
         hidden = whole[0].detach().clone().requires_grad_()
         if placement is not None:
             hidden = distribute_tensor(hidden.detach(), mesh, [placement]).requires_grad_()
-        for step in range(2):
+        for _ in range(2):
             for leaf in (hidden, weight, bias):
                 leaf.grad = None
             with CommDebugMode() as forward:
@@ -297,33 +298,6 @@ def _check_logits(vocabulary):
         _close_gradients(vocabulary, own, whole, dtype, "operands")
 
 
-def _check_all(rank, ranks):
-    for edges in EDGES[ranks]:
-        vocabulary = xhead.Vocabulary(CLASSES, *edges[rank])
-        for dtype in ALLOWED:
-            _check_statistics(vocabulary, dtype)
-        _check_cross_entropy(vocabulary, torch.float64)
-    _check_cross_entropy(vocabulary, torch.float32)
-    _check_collectives(vocabulary)
-    _check_logits(vocabulary)
-    _check_dtensors(vocabulary, ranks)
-
-
-def _check_every_loss(rank, edges):
-    vocabulary = xhead.Vocabulary(CLASSES, *edges[rank])
-    for dtype in ALLOWED:
-        _check_losses(vocabulary, dtype)
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_statistics_and_cross_entropy(ranks, tmp_path):
-    in_processes(_check_all, ranks, tmp_path, ranks)
-
-
-def test_every_loss_of_the_registry(tmp_path):
-    in_processes(_check_every_loss, 2, tmp_path, [(0, 44), (44, 121)])
-
-
 def _raises(kind, match, function):
     with pytest.raises(kind, match=match):
         function()
@@ -380,5 +354,31 @@ def _check_bad_input(rank):
     _raises(ValueError, "give it a seed", lambda: patched("cosface", class_sample=0.5))
 
 
-def test_bad_input_is_an_error_in_every_process(tmp_path):
-    in_processes(_check_bad_input, 2, tmp_path)
+def _in_two(rank):
+    for edges in EDGES[2]:
+        vocabulary = xhead.Vocabulary(CLASSES, *edges[rank])
+        for dtype in ALLOWED:
+            _check_statistics(vocabulary, dtype)
+        _check_cross_entropy(vocabulary, torch.float64)
+    _check_collectives(vocabulary)
+    _check_logits(vocabulary)
+    _check_dtensors(vocabulary, 2)
+    vocabulary = xhead.Vocabulary(CLASSES, *[(0, 44), (44, CLASSES)][rank])
+    for dtype in ALLOWED:
+        _check_losses(vocabulary, dtype)
+    _check_bad_input(rank)
+
+
+def _in_four(rank):
+    for edges in EDGES[4]:
+        vocabulary = xhead.Vocabulary(CLASSES, *edges[rank])
+        _check_statistics(vocabulary, torch.float64)
+        _check_cross_entropy(vocabulary, torch.float32)
+    _check_collectives(vocabulary)
+    _check_dtensors(vocabulary, 4)
+
+
+# All of a number of processes in one launch, since each process takes seconds to import everything.
+@pytest.mark.parametrize(("ranks", "checks"), [(2, _in_two), (4, _in_four)])
+def test_processes_that_share_the_classes(ranks, checks, tmp_path):
+    in_processes(checks, ranks, tmp_path)

@@ -80,9 +80,10 @@ def _loss_rows(
 
     def compute(bound: LazyLogits) -> Tensor:
         labels = target.to(bound._terms[0].hidden.device)
-        if bound._sharded:
+        vocabulary = bound._factors().vocabulary if bound._sharded else None
+        if vocabulary is not None:
             described = re.sub(r" at 0x[0-9a-f]+", "", repr(loss))
-            bound._factors().vocabulary.exchange(f"loss {described}, with {', '.join(options) or 'no options'}")
+            vocabulary.exchange(f"loss {described}, with {', '.join(options) or 'no options'}")
         with torch.autocast(labels.device.type, enabled=False):
             rows = loss(bound, labels, **options)
         if not isinstance(rows, Tensor) or rows.shape != labels.shape:

@@ -43,9 +43,7 @@ class Factors:
     joined: it stands for a sum of projections, `[h1, h2] [W1, W2]'`, whose rows do not have that sum's norms.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, vocabulary: Vocabulary | None = None, joined: bool = False
-    ):
+    def __init__(self, weight: Tensor, bias: Tensor | None, vocabulary: Vocabulary | None = None, joined: bool = False):
         self.weight, self.bias, self.vocabulary, self.joined = weight, bias, vocabulary, joined
 
     @property

@@ -185,8 +185,8 @@ class LazyLogits(Recording):
         if self._gathered is None:
             self._record.warn(
                 "gather",
-                "what is computed here is no row statistic: the rows of the weight, which processes share, are gathered "
-                f"in each, {self._classes} x {factors.weight.shape[1]} numbers. Slower and larger, not wrong.",
+                "what is computed here is no row statistic: the rows of the weight, which processes share, are all "
+                f"gathered, {self._classes} x {factors.weight.shape[1]} numbers. Slower and larger, not wrong.",
             )
             hidden, weight, bias = factors.whole(self._terms[0].hidden)
             self._gathered = self._like()
@@ -303,7 +303,9 @@ class LazyLogits(Recording):
     def _join(self, parts: list[tuple[Tensor, Factors]]) -> tuple[Tensor, Factors]:
         """A sum of projections as the one of `[h1, h2] [W1, W2]'`."""
         dtype = functools.reduce(torch.promote_types, [factors.weight.dtype for _, factors in parts])
-        whole = [(term.factor, *factors.whole(hidden)) for term, (hidden, factors) in zip(self._terms, parts, strict=True)]
+        whole = [
+            (term.factor, *factors.whole(hidden)) for term, (hidden, factors) in zip(self._terms, parts, strict=True)
+        ]
         hidden = torch.cat([(h * factor).to(dtype) for factor, h, _, _ in whole], -1)
         weight = torch.cat([w.to(dtype) for _, _, w, _ in whole], 1)
         biases = [b * factor for factor, _, _, b in whole if b is not None]

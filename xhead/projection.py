@@ -85,8 +85,8 @@ class CutLinear(nn.Linear):
 
 
 _STOCK = {
-    "DTensor weight": "the projection is split over devices in a way that is not cut, and its logits are built as ever: "
-    "docs/parallel.md has the ways that are.",
+    "DTensor weight": "the projection is split over devices in a way that cannot be cut, so its logits are built as "
+    "ever; docs/parallel.md has the ways that can.",
     "DataParallel": DATA_PARALLEL,
 }
 
@@ -140,7 +140,9 @@ def check_linear(head: Any) -> None:
             )
         raise TypeError(f"the output projection is a {name}; xhead patches torch.nn.Linear, and {advice}")
     weight = head.weight
-    if not weight.is_floating_point() or not (type(weight) is nn.Parameter or isinstance(weight, DTensor)):
+    # A plain tensor is what FSDP puts in the parameter's place while the model runs.
+    plain = type(weight) in (nn.Parameter, Tensor) or isinstance(weight, DTensor)
+    if not weight.is_floating_point() or not plain:
         raise TypeError(
             f"the output projection's weight is a {type(weight).__name__} of {weight.dtype}; xhead patches a plain "
             "floating point weight: leave the output projection out of the quantisation"

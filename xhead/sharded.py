@@ -1,8 +1,8 @@
 """Row statistics where a group of processes shares the classes: those of each process's own rows, merged.
 
-An engine runs on the own rows of the weight as on any weight. What it finds for R processes is gathered once, and merged
-by differentiable functions of R numbers a row. With `s_r = exp(lse_r - lse)`, the share of the softmax that lies in
-the classes of process r:
+An engine runs on the own rows of the weight as on any weight. What R processes find is gathered once, and merged by
+differentiable functions of R numbers a row. With `s_r = exp(lse_r - lse)`, the share of the softmax that lies in the
+classes of process r:
 
 | statistic | merged |
 |---|---|
@@ -15,7 +15,7 @@ the classes of process r:
 | `max`, `argmax` | the largest, and the lowest of its classes |
 
 So the upstream gradient of `lse_r` is that of `lse` times s_r, which makes the own softmax the whole one's. The filter
-compares its threshold with the own softmax, which is the larger one: it skips no entry that it would not skip otherwise.
+compares its threshold with the own softmax, which is the larger one: what it skips, it would skip otherwise too.
 """
 
 from dataclasses import replace

@@ -244,9 +244,7 @@ def _check_pointwise(pointwise: str | None, parameters: tuple[float, ...]) -> No
         )
 
 
-def _flat_target(
-    target: Tensor | None, rows_shape: torch.Size, classes: int, row_mask: Tensor | None
-) -> Tensor | None:
+def _flat_target(target: Tensor | None, rows_shape: torch.Size, classes: int, row_mask: Tensor | None) -> Tensor | None:
     if target is None:
         return None
     if target.is_floating_point():

@@ -133,8 +133,8 @@ class Vocabulary:
             mesh = shared.device_mesh
             if mesh.ndim != 1 or mesh.size() != self.size:
                 raise TypeError(
-                    f"a DTensor must be on the mesh of the {self.size} processes that share the vocabulary, got one on a "
-                    f"mesh of shape {tuple(mesh.shape)}"
+                    f"a DTensor must be on the mesh of the {self.size} processes that share the vocabulary, got one on "
+                    f"a mesh of shape {tuple(mesh.shape)}"
                 )
             return shared.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return _Enter.apply(shared, self.group)  # type: ignore[return-value]
@@ -157,7 +157,7 @@ class Vocabulary:
 
 
 def of_dtensor(weight: DTensor) -> Vocabulary | None:
-    """How a weight is split over processes, if it is along its rows and over one dimension of a mesh; otherwise None."""
+    """How a weight is split over processes, where it is along its rows and over one mesh dimension; otherwise None."""
     mesh = weight.device_mesh
     if mesh.ndim != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
         return None
@@ -187,9 +187,9 @@ def own_rows(
         vocabulary = of_dtensor(weight)
         if vocabulary is None:
             raise TypeError(
-                f"a weight that is a DTensor must be split along its rows over one mesh dimension, got {weight.placements} "
-                f"on a mesh of shape {tuple(weight.device_mesh.shape)}; redistribute it to [Shard(0)], or give "
-                "weight.full_tensor()"
+                f"a weight that is a DTensor must be split along its rows over one mesh dimension, got "
+                f"{weight.placements} on a mesh of shape {tuple(weight.device_mesh.shape)}; redistribute it to "
+                "[Shard(0)], or give weight.full_tensor()"
             )
         weight = weight.to_local()
     if isinstance(bias, DTensor):

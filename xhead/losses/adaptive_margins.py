@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xhead.losses import register
-from xhead.losses.cosines import Cosines, CosineConfig, check_draws, cosines
+from xhead.losses.cosines import CosineConfig, Cosines, check_draws, cosines
 from xhead.losses.margins import add_angle, check_margin, margin_rows, turn_angle
 from xhead.losses.vectors import check_positive
 

@@ -83,8 +83,8 @@ def unit_logits(
         bias = None if canonical.bias is None else tuple(canonical.bias.shape)
         raise ValueError(
             "margin losses compare directions: they need logits `scale * hidden @ weight.T` with a positive scale, no "
-            f"bias and no softcap, got scale={canonical.scale}, a bias of shape {bias} and softcap={canonical.softcap}; "
-            "make the output projection with bias=False and without a softcap"
+            f"bias and no softcap, got scale={canonical.scale}, a bias of shape {bias} and "
+            f"softcap={canonical.softcap}; make the output projection with bias=False and without a softcap"
         )
     rows = factors.out_features
     if rows % per_class:
