@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 import xhead
@@ -14,7 +13,6 @@ from tests.dense import relative_error
 from tests.processes import in_processes
 from tests.test_trainer import train
 from tests.tiny import tiny, tokens, twins
-from xhead.projection import CutLinear
 
 RANKS = 2
 
@@ -35,7 +33,6 @@ def _fsdp2(model, mesh, apart=False, **options):
 
 WRAPPERS = {
     "FSDP1": _fsdp1,
-    "FSDP1, head apart": lambda m, mesh: _fsdp1(m, mesh, auto_wrap_policy=ModuleWrapPolicy({CutLinear})),
     "FSDP2, resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=True),
     "FSDP2, not resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=False),
     "FSDP2, head apart, not resharded": lambda m, mesh: _fsdp2(m, mesh, True, reshard_after_forward=False),

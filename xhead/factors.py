@@ -1,5 +1,6 @@
 """Where the weight and the bias of lazy logits come from: at hand, or inside the call of a projection."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -92,3 +93,13 @@ def at_hand(projection: Any, weight: Tensor, bias: Tensor | None) -> Factors:
     if isinstance(projection, Factors):
         return Factors(weight, bias, projection.vocabulary, projection.joined)
     return Factors(*own_rows(weight, bias, None))
+
+
+def join(parts: list[tuple[float, Tensor, Factors]]) -> tuple[Tensor, Factors]:
+    """The sum of `factor * (hidden @ weight.T + bias)` as one projection, `[h1, h2] [W1, W2]'`."""
+    dtype = functools.reduce(torch.promote_types, [factors.weight.dtype for _, _, factors in parts])
+    whole = [(factor, *factors.whole(hidden)) for factor, hidden, factors in parts]
+    hidden = torch.cat([(h * factor).to(dtype) for factor, h, _, _ in whole], -1)
+    weight = torch.cat([w.to(dtype) for _, _, w, _ in whole], 1)
+    biases = [b * factor for factor, _, _, b in whole if b is not None]
+    return hidden, Factors(weight, sum(biases[1:], biases[0]) if biases else None, joined=True)

@@ -5,7 +5,6 @@ A model's own code goes on as if it held logits: it slices rows, scales, caps, a
 builds the logits after all: slower, never wrong, and said once in a `MaterializedWarning`.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xhead import pointwise, replay
-from xhead.factors import Factors, Operands, Projection, Term, at_hand
+from xhead.factors import Factors, Operands, Projection, Term, at_hand, join
 from xhead.pointwise import Steps
 from xhead.recording import Recording
 from xhead.shared_weight import rows_of
@@ -285,8 +284,12 @@ class LazyLogits(Recording):
             self._cast(hidden, at_hand(term.projection, weight, bias))
             for term, (hidden, weight, bias) in zip(self._terms, gathered, strict=True)
         ]
-        hidden, factors = parts[0] if len(parts) == 1 else self._join(parts)
-        factor = self._terms[0].factor if len(parts) == 1 else 1
+        factor = self._terms[0].factor
+        if len(parts) == 1:
+            hidden, factors = parts[0]
+        else:
+            hidden, factors = join([(term.factor, *part) for term, part in zip(self._terms, parts, strict=True)])
+            factor = 1
         if self._columns is not None:
             factors = factors.narrow(*self._columns)
         if any(step == ("cast", torch.float64) for step in self._steps):
@@ -299,17 +302,6 @@ class LazyLogits(Recording):
         bound._compute_dtype = hidden.dtype
         bound._autocast = False
         return bound
-
-    def _join(self, parts: list[tuple[Tensor, Factors]]) -> tuple[Tensor, Factors]:
-        """A sum of projections as the one of `[h1, h2] [W1, W2]'`."""
-        dtype = functools.reduce(torch.promote_types, [factors.weight.dtype for _, factors in parts])
-        whole = [
-            (term.factor, *factors.whole(hidden)) for term, (hidden, factors) in zip(self._terms, parts, strict=True)
-        ]
-        hidden = torch.cat([(h * factor).to(dtype) for factor, h, _, _ in whole], -1)
-        weight = torch.cat([w.to(dtype) for _, _, w, _ in whole], 1)
-        biases = [b * factor for factor, _, _, b in whole if b is not None]
-        return hidden, Factors(weight, sum(biases[1:], biases[0]) if biases else None, joined=True)
 
     def _cast(self, hidden: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
         if not self._autocast:
