@@ -63,15 +63,61 @@ def _train(rank, folders):
             torch.testing.assert_close(_full(model(**batch).loss), xhead.unpatch(plain)(**batch).loss)
 
 
+def _train_in_half_precision(folder):
+    """As one process under autocast: the same operands, and sums of rounded numbers in another order."""
+    batch = tokens()
+    plain = xhead.patch(LlamaForCausalLM.from_pretrained(folder))
+    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
+    xhead.patch(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [each(**batch).loss for each in (plain, model)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
+    for loss in losses:
+        loss.backward()
+    for (key, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert relative_error(_full(ours.grad), theirs.grad) <= 3e-2, key
+    assert xhead.status(model).materialized == 0
+
+
+def _save(folder, tied=False):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def _two(rank, folders):
+    _train(rank, folders)
+    _train_in_half_precision(folders[0])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_tensor_parallel_plan(tmp_path):
-    folders = []
-    for tied in (False, True):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, tie_word_embeddings=tied,
-        )  # fmt: skip
-        folders.append(str(tmp_path / f"tied-{tied}"))
-        LlamaForCausalLM(config).save_pretrained(folders[-1])
-    in_processes(_train, RANKS, tmp_path, folders)
+    folders = [_save(tmp_path / f"tied-{tied}", tied) for tied in (False, True)]
+    in_processes(_two, RANKS, tmp_path, folders)
+
+
+def _train_split_both_ways(rank, folder):
+    """Two groups that share the classes, each with rows of its own."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="4")
+    plain = xhead.patch(LlamaForCausalLM.from_pretrained(folder))
+    for seed in range(2):
+        (plain(**tokens(seed=seed)).loss / 2).backward()
+    split = DistributedConfig(tp_size=2, fsdp_size=2, tp_plan="auto")
+    model = xhead.patch(LlamaForCausalLM.from_pretrained(folder, distributed_config=split))
+    loss = model(**tokens(seed=rank // 2)).loss
+    torch.testing.assert_close(loss, plain(**tokens(seed=rank // 2)).loss, rtol=1e-5, atol=0)
+    loss.backward()
+    for (key, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert relative_error(_full(ours.grad), theirs.grad) <= 1e-5, key
+    status = xhead.status(model)
+    assert (status.cut, status.materialized) == (1, 0), status
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tensor_parallel_and_sharded(tmp_path):
+    in_processes(_train_split_both_ways, 4, tmp_path, _save(tmp_path / "model"))

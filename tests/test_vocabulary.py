@@ -173,9 +173,11 @@ def _check_dtensors(vocabulary, ranks):
     mesh = init_device_mesh("cpu", (ranks,))
     case = Case(classes=CLASSES, rows=8, size=7, dtype=torch.float64)
     whole = [each.detach().clone().requires_grad_() for each in case.inputs]
-    expected = xhead.linear_cross_entropy(whole[0], whole[1], case.target, bias=whole[2])
+    whole[0] = whole[0].detach().view(2, 4, 7).requires_grad_()
+    target = case.target.view(2, 4)
+    expected = xhead.linear_cross_entropy(whole[0], whole[1], target, bias=whole[2])
     expected.backward()
-    for placement in (None, Replicate(), Shard(0)):
+    for placement in (None, Replicate(), Shard(1)):
         weight, bias = (distribute_tensor(each.detach(), mesh, [Shard(0)]).requires_grad_() for each in whole[1:])
         hidden = whole[0].detach().clone().requires_grad_()
         if placement is not None:
@@ -184,10 +186,10 @@ def _check_dtensors(vocabulary, ranks):
             for leaf in (hidden, weight, bias):
                 leaf.grad = None
             with CommDebugMode() as forward:
-                loss = xhead.linear_cross_entropy(hidden, weight, case.target, bias=bias)
+                loss = xhead.linear_cross_entropy(hidden, weight, target, bias=bias)
             with CommDebugMode() as backward:
                 loss.backward()
-        split = placement == Shard(0)
+        split = placement == Shard(1)
         assert forward.get_total_counts() == 1 + split, (placement, forward.get_comm_counts())
         assert backward.get_total_counts() == 1, (placement, backward.get_comm_counts())
         assert split == any("reduce_scatter" in str(each) for each in backward.get_comm_counts())
@@ -198,9 +200,9 @@ def _check_dtensors(vocabulary, ranks):
             gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
             _close(gradient, like.grad, torch.float64, placement)
     with pytest.raises(TypeError, match="split along its rows"):
-        xhead.linear_cross_entropy(hidden, distribute_tensor(whole[1].detach(), mesh, [Shard(1)]), case.target)
+        xhead.linear_cross_entropy(hidden, distribute_tensor(whole[1].detach(), mesh, [Shard(1)]), target)
     with pytest.raises(TypeError, match="leave vocabulary out"):
-        xhead.linear_cross_entropy(whole[0], weight, case.target, vocabulary=vocabulary)
+        xhead.linear_cross_entropy(whole[0], weight, target, vocabulary=vocabulary)
 
 
 WHOLE = ("apl", "mann_whitney", "soft_topk", "subcenter_arcface")
