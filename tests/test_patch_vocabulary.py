@@ -4,14 +4,17 @@ import os
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import xhead
 from tests.dense import relative_error
 from tests.processes import GATHER, counted, in_processes
-from tests.tiny import tokens
+from tests.tiny import tokens, twins
 
 RANKS = 2
 LOSSES = [
@@ -100,14 +103,14 @@ def test_tensor_parallel_plan(tmp_path):
     in_processes(_two, RANKS, tmp_path, folders)
 
 
-def _train_split_both_ways(rank, folder):
-    """Two groups that share the classes, each with rows of its own."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="4")
-    plain = xhead.patch(LlamaForCausalLM.from_pretrained(folder))
+def _train_split_both_ways(rank):
+    """Groups of two that share the classes, each group with rows of its own, and FSDP2 over the groups."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "classes"))
+    plain, model = twins("LlamaForCausalLM", tie_word_embeddings=False)
     for seed in range(2):
         (plain(**tokens(seed=seed)).loss / 2).backward()
-    split = DistributedConfig(tp_size=2, fsdp_size=2, tp_plan="auto")
-    model = xhead.patch(LlamaForCausalLM.from_pretrained(folder, distributed_config=split))
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight, mesh["classes"], [Shard(0)]))
+    fully_shard(xhead.patch(model), mesh=mesh["rows"])
     loss = model(**tokens(seed=rank // 2)).loss
     torch.testing.assert_close(loss, plain(**tokens(seed=rank // 2)).loss, rtol=1e-5, atol=0)
     loss.backward()
@@ -119,5 +122,5 @@ def _train_split_both_ways(rank, folder):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_tensor_parallel_and_sharded(tmp_path):
-    in_processes(_train_split_both_ways, 4, tmp_path, _save(tmp_path / "model"))
+def test_classes_and_rows_are_both_split(tmp_path):
+    in_processes(_train_split_both_ways, 4, tmp_path)
