@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 import xhead
@@ -13,6 +14,7 @@ from tests.dense import relative_error
 from tests.processes import in_processes
 from tests.test_trainer import train
 from tests.tiny import tiny, tokens, twins
+from xhead.projection import CutLinear
 
 RANKS = 2
 
@@ -68,6 +70,13 @@ def _wrap(rank):
             assert (status.cut, status.materialized) == (2, 0), (name, status)
 
 
+def _wrap_head_alone_in_fsdp1():
+    model = xhead.patch(tiny("LlamaForCausalLM", tie_word_embeddings=False))
+    wrapped = _fsdp1(model, None, auto_wrap_policy=ModuleWrapPolicy({CutLinear}))
+    with pytest.raises(RuntimeError, match="the output projection is a .*FullyShardedDataParallel"):
+        wrapped(**tokens())
+
+
 def _train(rank, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
     model = xhead.patch(tiny("LlamaForCausalLM").eval())
@@ -80,6 +89,7 @@ def _train(rank, folder):
 
 def _both(rank, folder):
     _wrap(rank)
+    _wrap_head_alone_in_fsdp1()
     _train(rank, folder)
 
 
