@@ -15,7 +15,9 @@ from benchmarks.scaling import hidden_gradient, own_statistics
 from tests.dense import relative_error
 from tests.processes import GATHER, counted, in_processes
 from tests.statistic_case import NAMES, Case
+from tests.test_filter import language_like
 from tests.test_losses import NEEDED
+from xhead.engines import skipping
 from xhead.losses import distillation, get_loss
 from xhead.statistics import row_statistics
 
@@ -205,6 +207,21 @@ def _check_dtensors(vocabulary, ranks):
         xhead.linear_cross_entropy(whole[0], weight, target, vocabulary=vocabulary)
 
 
+def _check_filter(rank):
+    """Filtered on its own classes, the gradient is no further from the exact one than when filtered on all."""
+    hidden, weight, target = language_like(rows=300, classes=4000)
+    vocabulary = xhead.Vocabulary(4000, *[(0, 1500), (1500, 4000)][rank])
+    gradients = []
+    with skipping.always():
+        for shared, eps in ((None, None), (None, 2**-8), (vocabulary, 2**-8)):
+            rows = slice(None) if shared is None else shared.own
+            leaves = [hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()]
+            xhead.linear_cross_entropy(*leaves, target, filter_eps=eps, vocabulary=shared).backward()
+            gradients.append((leaves[0].grad, leaves[1].grad if shared else leaves[1].grad[vocabulary.own]))
+    for exact, one, own in zip(*gradients, strict=True):
+        assert 1e-4 < relative_error(own, exact) < 1.1 * relative_error(one, exact)
+
+
 WHOLE = ("apl", "mann_whitney", "soft_topk", "subcenter_arcface")
 """Losses that no statistics give: the weight is gathered for them, and they say so."""
 
@@ -368,6 +385,7 @@ def _in_two(rank):
     vocabulary = xhead.Vocabulary(CLASSES, *[(0, 44), (44, CLASSES)][rank])
     for dtype in ALLOWED:
         _check_losses(vocabulary, dtype)
+    _check_filter(rank)
     _check_bad_input(rank)
 
 
