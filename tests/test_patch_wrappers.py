@@ -1,9 +1,11 @@
-"""Wrappers around a patched model in two processes, against one process: FSDP1, FSDP2 resharded, and the Trainer."""
+"""A patched model in two processes against one: FSDP1, FSDP2 resharded, split sequences, and the Trainer."""
 
 import os
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -77,6 +79,26 @@ def _wrap_head_alone_in_fsdp1():
         wrapped(**tokens())
 
 
+def _split_sequences(rank):
+    """Context parallel: each process has half of every sequence, and labels that were shifted before the split."""
+    plain, model = twins("LlamaForCausalLM", num_hidden_layers=0)  # no attention, which would look across the halves
+    batch = tokens()
+    shifted = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    count = (shifted != -100).sum()
+    expected = plain(**batch, num_items_in_batch=count).loss
+    expected.backward()
+    half = slice(6 * rank, 6 * rank + 6)
+    own = {name: each[:, half].contiguous() for name, each in batch.items()}
+    loss = xhead.patch(model)(**own, shift_labels=shifted[:, half].contiguous(), num_items_in_batch=count).loss
+    loss.backward()
+    for each in (loss.detach(), *(parameter.grad for parameter in model.parameters())):
+        dist.all_reduce(each)
+    assert relative_error(loss, expected) <= 1e-5
+    for (name, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert relative_error(ours.grad, theirs.grad) <= 1e-5, name
+    assert xhead.status(model).materialized == 0
+
+
 def _train(rank, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
     model = xhead.patch(tiny("LlamaForCausalLM").eval())
@@ -90,6 +112,7 @@ def _train(rank, folder):
 def _both(rank, folder):
     _wrap(rank)
     _wrap_head_alone_in_fsdp1()
+    _split_sequences(rank)
     _train(rank, folder)
 
 
