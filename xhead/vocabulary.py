@@ -161,17 +161,18 @@ def of_dtensor(weight: DTensor) -> Vocabulary | None:
     mesh = weight.device_mesh
     if mesh.ndim != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
         return None
-    key = (mesh, weight.shape[0])
-    if key not in _of_meshes:
-        # As torch.chunk: shards of one size, of which the last ones may be smaller or empty.
-        classes, size = weight.shape[0], mesh.size()
-        step = -(-classes // size)
-        ranges = [(min(rank * step, classes), min((rank + 1) * step, classes)) for rank in range(size)]
-        _of_meshes[key] = Vocabulary._of(classes, ranges, mesh.get_group())
-    return _of_meshes[key]
+    group, classes = mesh.get_group(), weight.shape[0]
+    if (group, classes) not in _of_groups:
+        # As torch.chunk: shards of one size along the mesh, of which the last ones may be smaller or empty.
+        step, along = -(-classes // mesh.size()), mesh.mesh.flatten().tolist()
+        places = [along.index(rank) for rank in dist.get_process_group_ranks(group)]
+        ranges = [(min(place * step, classes), min((place + 1) * step, classes)) for place in places]
+        _of_groups[group, classes] = Vocabulary._of(classes, ranges, group)
+    return _of_groups[group, classes]
 
 
-_of_meshes: dict[tuple[Any, int], Vocabulary] = {}
+_of_groups: dict[tuple[Any, int], Vocabulary] = {}
+"""Kept, since each remembers what its processes have agreed on."""
 
 
 def own_rows(
