@@ -305,6 +305,21 @@ def _check_logits(vocabulary):
                 assert (mine.grad is None) == (other.grad is None)
                 if other.grad is not None:
                     _close(mine.grad, other.grad, dtype, change)
+        # A low-rank adapter's projection added, which every process has whole.
+        results = []
+        for shared in (None, vocabulary):
+            leaves = [each.detach().clone().requires_grad_() for each in case.inputs]
+            leaves = leaves if shared is None else _split(vocabulary, *leaves)
+            adapter = [each.detach()[:, :3].clone().requires_grad_() for each in case.inputs[:2]]
+            added = xhead.LazyLogits(leaves[0][:, :2] @ adapter[0][:2], adapter[1])
+            logits = xhead.LazyLogits(*leaves, vocabulary=shared) + 0.5 * added
+            loss = F.cross_entropy(logits, case.target)
+            loss.backward()
+            results.append((loss, leaves, adapter))
+        _close(results[1][0], results[0][0], dtype, "adapter")
+        _close_gradients(vocabulary, results[1][1], results[0][1], dtype, "adapter")
+        for ours, theirs in zip(results[1][2], results[0][2], strict=True):
+            _close(ours.grad, theirs.grad, dtype, "adapter")
         # Reading the operands, as a loss of one's own may, and a divergence from a teacher that is not split.
         whole = [each.detach().clone().requires_grad_() for each in case.inputs]
         own = _split(vocabulary, *whole)

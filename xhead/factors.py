@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from xhead.standin import Record
 from xhead.vocabulary import Vocabulary, own_rows
 
 Operands = tuple[Tensor, Tensor, Tensor | None]
@@ -61,10 +62,15 @@ class Factors:
         bias = None if self.bias is None else self.bias.to(dtype)
         return Factors(self.weight.to(dtype), bias, self.vocabulary, self.joined)
 
-    def whole(self, hidden: Tensor) -> Operands:
+    def whole(self, hidden: Tensor, record: Record) -> Operands:
         """The operands with the rows of all processes, for what each computes alike. hidden: as in `Term`"""
         if self.vocabulary is None:
             return hidden, self.weight, self.bias
+        record.warn(
+            "gather",
+            "what is computed here is no row statistic of one projection: the rows of its weight, which processes "
+            f"share, are gathered, {self.out_features} x {self.weight.shape[1]} numbers. Slower and larger, not wrong.",
+        )
         bias = None if self.bias is None else self.vocabulary.whole(self.bias)
         return self.vocabulary.leave(hidden), self.vocabulary.whole(self.weight), bias
 
@@ -95,10 +101,10 @@ def at_hand(projection: Any, weight: Tensor, bias: Tensor | None) -> Factors:
     return Factors(*own_rows(weight, bias, None))
 
 
-def join(parts: list[tuple[float, Tensor, Factors]]) -> tuple[Tensor, Factors]:
+def join(parts: list[tuple[float, Tensor, Factors]], record: Record) -> tuple[Tensor, Factors]:
     """The sum of `factor * (hidden @ weight.T + bias)` as one projection, `[h1, h2] [W1, W2]'`."""
     dtype = functools.reduce(torch.promote_types, [factors.weight.dtype for _, _, factors in parts])
-    whole = [(factor, *factors.whole(hidden)) for factor, hidden, factors in parts]
+    whole = [(factor, *factors.whole(hidden, record)) for factor, hidden, factors in parts]
     hidden = torch.cat([(h * factor).to(dtype) for factor, h, _, _ in whole], -1)
     weight = torch.cat([w.to(dtype) for _, _, w, _ in whole], 1)
     biases = [b * factor for factor, _, _, b in whole if b is not None]

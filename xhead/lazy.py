@@ -182,12 +182,7 @@ class LazyLogits(Recording):
         if factors.vocabulary is None:
             return self
         if self._gathered is None:
-            self._record.warn(
-                "gather",
-                "what is computed here is no row statistic: the rows of the weight, which processes share, are all "
-                f"gathered, {self._classes} x {factors.weight.shape[1]} numbers. Slower and larger, not wrong.",
-            )
-            hidden, weight, bias = factors.whole(self._terms[0].hidden)
+            hidden, weight, bias = factors.whole(self._terms[0].hidden, self._record)
             self._gathered = self._like()
             self._gathered._terms = (Term(hidden, Factors(weight, bias, joined=factors.joined), 1.0),)
             self._gathered._sharded = False
@@ -288,7 +283,8 @@ class LazyLogits(Recording):
         if len(parts) == 1:
             hidden, factors = parts[0]
         else:
-            hidden, factors = join([(term.factor, *part) for term, part in zip(self._terms, parts, strict=True)])
+            scaled = [(term.factor, *part) for term, part in zip(self._terms, parts, strict=True)]
+            hidden, factors = join(scaled, self._record)
             factor = 1
         if self._columns is not None:
             factors = factors.narrow(*self._columns)
