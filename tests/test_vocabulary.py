@@ -14,142 +14,28 @@ import xhead
 from benchmarks.scaling import hidden_gradient, own_statistics
 from tests.dense import relative_error
 from tests.processes import GATHER, counted, in_processes
-from tests.statistic_case import NAMES, Case
+from tests.shared_classes import (
+    ALLOWED,
+    CLASSES,
+    EDGES,
+    check_cross_entropy,
+    check_statistics,
+    close,
+    close_gradients,
+    split,
+)
+from tests.statistic_case import Case
 from tests.test_filter import language_like
 from tests.test_losses import NEEDED
 from xhead.engines import skipping
 from xhead.losses import distillation, get_loss
-from xhead.statistics import row_statistics
-
-ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-5}
-
-# Edges of the shards: even, uneven, with empty ones, and in another order than the ranks.
-EDGES = {
-    2: [[(0, 60), (60, 121)], [(0, 7), (7, 121)], [(0, 0), (0, 121)], [(100, 121), (0, 100)]],
-    4: [[(0, 31), (31, 62), (62, 93), (93, 121)], [(0, 1), (1, 1), (100, 121), (1, 100)]],
-}
-CLASSES = 121
-
-ASKED = [
-    (("lse", "target"), {}),
-    (NAMES, {}),
-    (NAMES, {"softcap": 3.0, "scale": 0.7}),
-    (("mean", "variance", "argmax"), {"mean_weight": True}),
-    (("lse", "mean", "target"), {"mean_weight": True, "row_mask": True}),
-    (("variance",), {}),
-    (("entropy",), {"row_mask": True}),
-    (("expectation", "max"), {}),
-    (("pointwise_sum", "column_logits"), {"pointwise": "softplus", "row_mask": True}),
-    (("complement_lse", "column_logits"), {"softcap": 3.0}),
-    (("target", "lse"), {"soft": True}),
-]
-
-
-def _close(found, expected, dtype, what):
-    assert found.shape == expected.shape, what
-    assert relative_error(found, expected, 1e-3) <= ALLOWED[dtype], (what, relative_error(found, expected, 1e-3))
-
-
-def _split(vocabulary, hidden, weight, bias):
-    """The process's own leaves, of leaves that are whole."""
-    own = vocabulary.own
-    shards = (hidden, weight[own], None if bias is None else bias[own])
-    return [None if each is None else each.detach().clone().requires_grad_() for each in shards]
-
-
-def _close_gradients(vocabulary, leaves, whole, dtype, what):
-    hidden, weight, bias = (None if each is None else each.grad for each in whole)
-    expected = (hidden, weight[vocabulary.own], None if bias is None else bias[vocabulary.own])
-    for name, leaf, gradient in zip(("hidden", "weight", "bias"), leaves, expected, strict=True):
-        if leaf is not None:
-            _close(leaf.grad, gradient, dtype, f"{what}: gradient of {name}")
-
-
-def _check_statistics(vocabulary, dtype):
-    case = Case(classes=CLASSES, rows=9, size=7, dtype=dtype, peak=2.0)
-    case.columns[0] = -1  # a row without columns
-    case.columns[1] = torch.arange(5)  # all columns on one process, for most edges
-    mask = torch.arange(9) % 4 != 2
-    generator = torch.Generator().manual_seed(1)
-    upstream = {**case.upstream, "pointwise_sum": torch.randn(9, generator=generator, dtype=torch.float64)}
-    for names, asked in ASKED:
-        options = {key: value for key, value in asked.items() if key not in ("mean_weight", "row_mask", "soft")}
-        options.update(case.arguments(names))
-        if "column_logits" in names or "complement_lse" in names:
-            options["columns"] = case.columns
-        if "mean_weight" in asked:
-            options["mean_weight"] = torch.rand(CLASSES, generator=torch.Generator().manual_seed(2))
-            options["mean_weight"][:10] = 0  # the whole of one shard
-        if "row_mask" in asked:
-            options["row_mask"] = mask
-        if "soft" in asked:
-            options["target"] = torch.rand(9, CLASSES, generator=torch.Generator().manual_seed(3), dtype=dtype)
-        own = _split(vocabulary, *case.inputs)
-        whole = [each.detach().clone().requires_grad_() for each in case.inputs]
-        expected = row_statistics(whole[0], whole[1], names, bias=whole[2], filter_eps=None, **options)
-        entered = vocabulary.enter(own[0])
-        found = row_statistics(entered, own[1], names, bias=own[2], filter_eps=None, vocabulary=vocabulary, **options)
-        totals = []
-        for statistics in (expected, found):
-            total = 0.0
-            for name in names:
-                value = getattr(statistics, name)
-                if name in ("max", "argmax"):
-                    continue
-                if name == "column_logits":
-                    factor = torch.randn(value.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-                else:
-                    factor = upstream[name]
-                total = total + torch.where(value.isfinite(), value.double() * factor, 0.0).sum()
-            totals.append(total)
-        for name in names:
-            ours, theirs = getattr(found, name), getattr(expected, name)
-            if name == "argmax":
-                assert torch.equal(ours, theirs), (names, asked)
-                continue
-            finite = theirs.isfinite()
-            assert torch.equal(ours.isfinite(), finite), (name, asked)
-            _close(ours[finite], theirs[finite], dtype, (name, asked, vocabulary))
-        for total in totals:
-            total.backward()
-        _close_gradients(vocabulary, own, whole, dtype, (names, asked, vocabulary))
-
-
-def _check_cross_entropy(vocabulary, dtype):
-    case = Case(classes=CLASSES, rows=12, size=7, dtype=dtype, peak=3.0)
-    first = vocabulary.ranges[-1][0]
-    targets = {"anywhere": case.target, "on one rank": torch.full_like(case.target, first)}
-    targets["ignored"] = torch.full_like(case.target, -100)
-    targets["some ignored"] = torch.where(torch.arange(12) % 3 == 0, -100, case.target)
-    targets["soft"] = torch.rand(12, CLASSES, generator=torch.Generator().manual_seed(3), dtype=dtype)
-    class_weight = torch.rand(CLASSES, generator=torch.Generator().manual_seed(2), dtype=dtype)
-    for what, target in targets.items():
-        for options in (
-            {},
-            {"label_smoothing": 0.1, "class_weight": class_weight, "softcap": 5.0, "lse_penalty": 0.01},
-            {"reduction": "none", "filter_eps": None},
-        ):
-            if what == "ignored" and "reduction" not in options:
-                continue  # 0 / 0, as in PyTorch
-            own, whole = (
-                _split(vocabulary, *case.inputs),
-                [each.detach().clone().requires_grad_() for each in case.inputs],
-            )
-            common = {"return_lse": True, "return_accuracy": what != "ignored", **options}
-            expected = xhead.linear_cross_entropy(whole[0], whole[1], target, bias=whole[2], **common)
-            found = xhead.linear_cross_entropy(own[0], own[1], target, bias=own[2], vocabulary=vocabulary, **common)
-            for ours, theirs in zip(found, expected, strict=True):
-                _close(ours, theirs, dtype, (what, options))
-            for loss in (expected, found):
-                (loss[0].sum() + 0.3 * loss[1].sum()).backward()
-            _close_gradients(vocabulary, own, whole, dtype, (what, options))
 
 
 def _check_collectives(vocabulary):
     vocabulary = xhead.Vocabulary(CLASSES, vocabulary.start, vocabulary.stop)  # one that has agreed on nothing yet
     rows, width = 12, 7
     case = Case(classes=CLASSES, rows=rows, size=width, dtype=torch.float32)
-    own = _split(vocabulary, *case.inputs)
+    own = split(vocabulary, *case.inputs)
     # argmax travels as two numbers of 4 bytes.
     for options, numbers in (({}, 2), ({"label_smoothing": 0.1, "return_lse": True, "return_accuracy": True}, 6)):
         for step in range(2):
@@ -191,16 +77,16 @@ def _check_dtensors(vocabulary, ranks):
                 loss = xhead.linear_cross_entropy(hidden, weight, target, bias=bias)
             with CommDebugMode() as backward:
                 loss.backward()
-        split = placement == Shard(1)
-        assert forward.get_total_counts() == 1 + split, (placement, forward.get_comm_counts())
+        sequences = placement == Shard(1)
+        assert forward.get_total_counts() == 1 + sequences, (placement, forward.get_comm_counts())
         assert backward.get_total_counts() == 1, (placement, backward.get_comm_counts())
-        assert split == any("reduce_scatter" in str(each) for each in backward.get_comm_counts())
-        _close(loss, expected, torch.float64, placement)
+        assert sequences == any("reduce_scatter" in str(each) for each in backward.get_comm_counts())
+        close(loss, expected, torch.float64, placement)
         for leaf, like in zip((hidden, weight, bias), whole, strict=True):
             gradient = leaf.grad
             assert placement is None or isinstance(gradient, DTensor)
             gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            _close(gradient, like.grad, torch.float64, placement)
+            close(gradient, like.grad, torch.float64, placement)
     with pytest.raises(TypeError, match="split along its rows"):
         xhead.linear_cross_entropy(hidden, distribute_tensor(whole[1].detach(), mesh, [Shard(1)]), target)
     with pytest.raises(TypeError, match="leave vocabulary out"):
@@ -256,7 +142,7 @@ def _check_losses(vocabulary, dtype):
         whole = [each.detach().clone().requires_grad_() for each in case.inputs]
         if not with_bias:
             whole[2] = None
-        own = _split(vocabulary, *whole)
+        own = split(vocabulary, *whole)
         wanted = labels % (CLASSES // 11) if "sub_centers" in options and options["sub_centers"] > 1 else labels
         expected = get_loss(name, **options)(xhead.LazyLogits(*whole), wanted)
         with warnings.catch_warnings(record=True) as caught:
@@ -265,10 +151,10 @@ def _check_losses(vocabulary, dtype):
         gathered = any("gathered" in str(warning.message) for warning in caught)
         no_statistic = name in WHOLE and (name != "apl" or "active" in options)
         assert gathered == no_statistic, name
-        _close(found, expected, dtype, name)
+        close(found, expected, dtype, name)
         for rows in (expected, found):
             (rows * factor).sum().backward()
-        _close_gradients(vocabulary, own, whole, dtype, (name, options))
+        close_gradients(vocabulary, own, whole, dtype, (name, options))
 
 
 def _check_logits(vocabulary):
@@ -291,7 +177,7 @@ def _check_logits(vocabulary):
                 extra = [numbers.clone().requires_grad_(), torch.tensor(1.3, dtype=dtype, requires_grad=True)]
                 leaves = [each.detach().clone().requires_grad_() for each in case.inputs]
                 if sharded:
-                    leaves = _split(vocabulary, *leaves)
+                    leaves = split(vocabulary, *leaves)
                 logits = xhead.LazyLogits(*leaves, vocabulary=vocabulary if sharded else None)
                 logits = change(logits, extra)
                 rows = logits.shape[0]
@@ -299,37 +185,37 @@ def _check_logits(vocabulary):
                 loss.backward()
                 results.append((loss, leaves, extra))
             (expected, whole, theirs), (found, own, ours) = results
-            _close(found, expected, dtype, change)
-            _close_gradients(vocabulary, own, whole, dtype, change)
+            close(found, expected, dtype, change)
+            close_gradients(vocabulary, own, whole, dtype, change)
             for mine, other in zip(ours, theirs, strict=True):
                 assert (mine.grad is None) == (other.grad is None)
                 if other.grad is not None:
-                    _close(mine.grad, other.grad, dtype, change)
+                    close(mine.grad, other.grad, dtype, change)
         # A low-rank adapter's projection added, which every process has whole.
         results = []
         for shared in (None, vocabulary):
             leaves = [each.detach().clone().requires_grad_() for each in case.inputs]
-            leaves = leaves if shared is None else _split(vocabulary, *leaves)
+            leaves = leaves if shared is None else split(vocabulary, *leaves)
             adapter = [each.detach()[:, :3].clone().requires_grad_() for each in case.inputs[:2]]
             added = xhead.LazyLogits(leaves[0][:, :2] @ adapter[0][:2], adapter[1])
             logits = xhead.LazyLogits(*leaves, vocabulary=shared) + 0.5 * added
             loss = F.cross_entropy(logits, case.target)
             loss.backward()
             results.append((loss, leaves, adapter))
-        _close(results[1][0], results[0][0], dtype, "adapter")
-        _close_gradients(vocabulary, results[1][1], results[0][1], dtype, "adapter")
+        close(results[1][0], results[0][0], dtype, "adapter")
+        close_gradients(vocabulary, results[1][1], results[0][1], dtype, "adapter")
         for ours, theirs in zip(results[1][2], results[0][2], strict=True):
-            _close(ours.grad, theirs.grad, dtype, "adapter")
+            close(ours.grad, theirs.grad, dtype, "adapter")
         # Reading the operands, as a loss of one's own may, and a divergence from a teacher that is not split.
         whole = [each.detach().clone().requires_grad_() for each in case.inputs]
-        own = _split(vocabulary, *whole)
+        own = split(vocabulary, *whole)
         teacher = xhead.LazyLogits(case.hidden.detach()[:, :3], case.weight.detach()[:, :3])
         for leaves, shared in ((whole, None), (own, vocabulary)):
             logits = xhead.LazyLogits(*leaves, vocabulary=shared)
             loss = logits.hidden.square().sum() + logits.weight.pow(3).sum() + logits.bias.sin().sum()
             loss = loss + logits.class_logits(torch.tensor([120, 3, 60])).square().sum()
             (loss + distillation.reverse_kl(logits, teacher).sum()).backward()
-        _close_gradients(vocabulary, own, whole, dtype, "operands")
+        close_gradients(vocabulary, own, whole, dtype, "operands")
 
 
 def _raises(kind, match, function):
@@ -392,8 +278,8 @@ def _in_two(rank):
     for edges in EDGES[2]:
         vocabulary = xhead.Vocabulary(CLASSES, *edges[rank])
         for dtype in ALLOWED:
-            _check_statistics(vocabulary, dtype)
-        _check_cross_entropy(vocabulary, torch.float64)
+            check_statistics(vocabulary, dtype)
+        check_cross_entropy(vocabulary, torch.float64)
     _check_collectives(vocabulary)
     _check_logits(vocabulary)
     _check_dtensors(vocabulary, 2)
@@ -407,8 +293,8 @@ def _in_two(rank):
 def _in_four(rank):
     for edges in EDGES[4]:
         vocabulary = xhead.Vocabulary(CLASSES, *edges[rank])
-        _check_statistics(vocabulary, torch.float64)
-        _check_cross_entropy(vocabulary, torch.float32)
+        check_statistics(vocabulary, torch.float64)
+        check_cross_entropy(vocabulary, torch.float32)
     _check_collectives(vocabulary)
     _check_dtensors(vocabulary, 4)
 
