@@ -193,6 +193,7 @@ class LazyLogits(Recording):
         vocabulary = self._factors().vocabulary
         if vocabulary is None:
             return self._steps
+        # A learned number has a part of its gradient in each process, as the hidden states have.
         entered = ((n, vocabulary.enter(a) if isinstance(a, Tensor) and a.requires_grad else a) for n, a in self._steps)
         return pointwise.of_classes(tuple(entered), vocabulary.own)
 
