@@ -149,7 +149,7 @@ def test_both_forms_of_a_step_are_one(rows):
             hidden = torch.randn(rows, size, dtype=torch.float64)
             labels = torch.randint(classes, (rows, targets)) // 3
             slopes = Slopes(*(torch.randn(shape, dtype=torch.float64) for shape in ((rows,), (rows,), (rows, targets))))
-            gradients, _ = row_gradients(weight, hidden, hidden @ weight.core, labels, slopes)
+            gradients, _ = row_gradients(weight, hidden, hidden @ weight.core, weight.target_rows(labels), slopes)
             step = form(weight, gradients)
             upper, lower = step.bounds(0.3)
             eigenvalues = step.eigenvalues(0.3)

@@ -8,8 +8,9 @@ import xhead
 from recipes.one_billion_word.adaptive import AdaptiveLlama, AdaptiveNgram
 from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.ngram import NgramConfig, NgramForCausalLM
-from recipes.one_billion_word.options import ADAPTIVE, NGRAM, SAMPLED, STOCK, ModelOptions
+from recipes.one_billion_word.options import ADAPTIVE, NGRAM, SAMPLED, SPHERICAL, STOCK, ModelOptions
 from recipes.one_billion_word.sampled import SampledSoftmax
+from recipes.one_billion_word.spherical import SphericalLlama, SphericalNgram, SphericalOutput, head_options
 from recipes.one_billion_word.vocabulary import Vocabulary
 from xhead.losses import get_loss
 
@@ -17,7 +18,7 @@ from xhead.losses import get_loss
 def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int, seed: int) -> PreTrainedModel:
     """A model with random weights that depend on nothing but the shapes and the seed."""
     set_seed(seed)
-    adaptive = options.head == ADAPTIVE
+    own = head_options(options) if options.head == SPHERICAL else {}
     if options.network == NGRAM:
         config = NgramConfig(
             vocab_size=len(vocabulary),
@@ -26,7 +27,7 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
             hidden_sizes=options.parsed_hidden_sizes,
             bos_token_id=vocabulary.start,
         )
-        return (AdaptiveNgram if adaptive else NgramForCausalLM)(config)
+        return {ADAPTIVE: AdaptiveNgram, SPHERICAL: SphericalNgram}.get(options.head, NgramForCausalLM)(config, **own)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=options.hidden_size,
@@ -40,7 +41,7 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
         pad_token_id=None,
         use_cache=False,
     )
-    return (AdaptiveLlama if adaptive else LlamaForCausalLM)(config)
+    return {ADAPTIVE: AdaptiveLlama, SPHERICAL: SphericalLlama}.get(options.head, LlamaForCausalLM)(config, **own)
 
 
 def check_loss(options: ModelOptions) -> None:
@@ -67,3 +68,9 @@ def apply_loss(model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel
     if options.loss == SAMPLED:
         return xhead.patch(model, loss=SampledSoftmax(**options.parsed_loss_options))
     return xhead.patch(model, loss=options.loss, **options.parsed_loss_options)
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """How many numbers the model learns. A spherical head's are no parameters; one parameter stands for them."""
+    own = model.own_head.weight.factor.numel() - 1 if isinstance(model, SphericalOutput) else 0
+    return model.num_parameters() + own
