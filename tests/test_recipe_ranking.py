@@ -199,7 +199,7 @@ def test_draws_are_log_uniform_and_repeat_with_the_seed() -> None:
 
 @pytest.mark.parametrize("network", ["ngram", "transformer"])
 def test_a_run_with_a_spherical_head(text_folder: Path, tmp_path: Path, network: str) -> None:
-    options = {"head": "spherical", "head_options": '{"loss": "log_taylor", "learning_rate": 0.5}', "network": network}
+    options = {"head": "spherical", "head_options": '{"loss": "log_taylor", "learning_rate": 20}', "network": network}
     shape = {"hidden_size": 16, "layers": 1, "max_steps": 30, "save_steps": 10, "logging_steps": 10}
     whole = run(*parse_options(command(text_folder, tmp_path / "whole", **options, **shape)))
     assert whole["train_loss"] < 3.6 and 1 < whole["test"]["perplexity"] < 40
