@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import xhead
 from tests.dense import relative_error
+from tests.processes import in_processes
 from tests.tiny import tokens, twins
 from xhead.exchange import Exchange
 from xhead.losses import get_loss
@@ -108,23 +109,13 @@ def _check_data_parallel(rank):
         torch.testing.assert_close(actual.grad, expected.grad, msg=lambda text, name=name: f"{name} {text}")
 
 
-def _run(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.set_num_threads(1)
-    try:
-        _check_gradient(rank)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            _check_exchange(monkeypatch)
-        _check_errors(rank)
-        _check_data_parallel(rank)
-        # A process that leaves while another still sends takes its threads away under it.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def _check(rank):
+    _check_gradient(rank)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _check_exchange(monkeypatch)
+    _check_errors(rank)
+    _check_data_parallel(rank)
 
 
 def test_two_processes(tmp_path):
-    context = torch.multiprocessing.spawn(_run, args=(str(tmp_path),), nprocs=RANKS, join=False)
-    assert context is not None
-    while not context.join(timeout=120):
-        pass
+    in_processes(_check, RANKS, tmp_path)

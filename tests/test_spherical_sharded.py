@@ -1,7 +1,5 @@
 """The spherical head over several processes: the steps of one process on the whole batch, at an exchange without V."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,32 +7,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.dense import relative_error
+from tests.processes import in_processes
 from tests.spherical_definitions import MEMBERS, target_matrix
 from xhead.exchange import Exchange
 from xhead.heads import SphericalHead
 
 CLASSES, SIZE = 61, 6
-
-
-def _processes(function, count, folder, *given):
-    context = torch.multiprocessing.spawn(_run, (function, count, str(folder), *given), nprocs=count, join=False)
-    assert context is not None
-    while not context.join(timeout=120):
-        pass
-
-
-def _run(rank, function, count, folder, *given):
-    port = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}  # asked for by accelerate, not used
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), **port}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    try:
-        function(rank, *given)
-        # A process that leaves while another still sends takes its threads away under it.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def _head(name="zloss", classes=CLASSES, dtype=torch.float64, **options):
@@ -287,7 +265,7 @@ def test_two_processes(tmp_path):
     plain = Model(False)
     curve = train(plain, tmp_path, per_device_train_batch_size=8)
     expected = {"curve": curve, "dense": plain.weight.detach(), "body": plain.body.weight.detach()}
-    _processes(_two, 2, tmp_path, str(tmp_path), expected)
+    in_processes(_two, 2, tmp_path, str(tmp_path), expected)
 
 
 def _three(rank):
@@ -306,7 +284,7 @@ def _three(rank):
 
 
 def test_three_processes(tmp_path):
-    _processes(_three, 3, tmp_path)
+    in_processes(_three, 3, tmp_path)
 
 
 def test_without_processes():
