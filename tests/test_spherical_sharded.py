@@ -1,5 +1,8 @@
 """The spherical head over several processes: the steps of one process on the whole batch, at an exchange without V."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -120,6 +123,12 @@ def _check_state(rank, folder):
         other.load_state_dict(torch.load(f"{folder}/head-{1 - rank}.pt"))
     assert torch.equal(other.dense(), before)
     assert other.double().weight.factor.dtype == torch.float64
+    twin = copy.deepcopy(head)
+    for each in (head, twin):
+        train(each, [10])
+    assert torch.equal(twin.dense(), head.dense())
+    with pytest.raises(TypeError, match=r"cannot be pickled: save the state_dict\(\) of every rank"):
+        pickle.dumps(head)
     moved = SphericalHead.from_linear(head.to_linear(), process_group=dist.group.WORLD, shards=[1, CLASSES - 1])
     assert relative_error(moved.dense(), head.dense()) < 1e-6
 

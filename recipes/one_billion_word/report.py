@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 import xhead
 from recipes.one_billion_word.data import Data
 from recipes.one_billion_word.model import count_parameters
-from recipes.one_billion_word.options import STOCK, ModelOptions
+from recipes.one_billion_word.options import LINEAR, STOCK, ModelOptions
 from recipes.one_billion_word.plots import plot_losses
 
 
@@ -27,9 +27,10 @@ def describe(data: Data, model: PreTrainedModel, options: ModelOptions) -> None:
         f"vocabulary  {len(data.vocabulary):,} words; tokens to predict: {data.train.predicted:,} train, "
         f"{data.valid.predicted:,} valid"
     )
+    loss = f"loss {options.loss}" if options.head == LINEAR else "with its own loss"
     state.print(
-        f"model       {options.network}, {count_parameters(model):,} parameters, {options.head} head, "
-        f"loss {options.loss}, processes {state.num_processes}"
+        f"model       {options.network}, {count_parameters(model):,} parameters, {options.head} head, {loss}, "
+        f"processes {state.num_processes}"
     )
 
 

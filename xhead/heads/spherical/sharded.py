@@ -98,8 +98,8 @@ class ShardedWeight(FactoredWeight):
         here, places = self._held(everyone)
         rows = self.core.new_zeros(*everyone.shape, self.size)
         rows[here] = self.rows(places)
-        mine = self.exchange.own(self.exchange.add_up(rows), counts)
-        return FetchedRows(classes, mine[:, : classes.shape[1]])
+        mine = self.exchange.own(self.exchange.add_up(rows), counts)[:, : classes.shape[1]]
+        return FetchedRows(classes, mine.clone())  # not a view, which would keep those of all processes
 
     @torch.no_grad()
     def gathered(self, gradients: RowGradients | None) -> RowGradients | None:
