@@ -107,6 +107,7 @@ class SphericalHead(Prediction):
     def _first_weight(
         self, weight: Tensor | None, shards: Sequence[int] | None, like: dict[str, Any]
     ) -> FactoredWeight:
+        """The weight to start from; where processes share the head, the classes of this one."""
         exchange = self.exchange
         if exchange is None:
             return FactoredWeight(self._first_rows(slice(0, self.out_features), weight, None, like))
@@ -124,7 +125,7 @@ class SphericalHead(Prediction):
     def _first_rows(self, classes: slice, weight: Tensor | None, seed: int | None, like: dict[str, Any]) -> Tensor:
         """Rows of W to start from, without a seed drawn by torch's own generator."""
         if weight is not None:
-            return weight.detach()[classes].clone().to(**like)
+            return weight.detach()[classes].clone(memory_format=torch.contiguous_format).to(**like)
         rows = torch.empty(classes.stop - classes.start, self.in_features + bool(self.bias), **like)
         generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
         nn.init.uniform_(rows, -(self.in_features**-0.5), self.in_features**-0.5, generator=generator)
