@@ -254,6 +254,18 @@ def test_comparison(text_folder: Path, tmp_path: Path) -> None:
     assert table.count("| zloss |") == 2 and "6 steps each" in table and not math.isnan(report["seconds"])
 
 
+def test_settings_of_a_preset_give_way_to_those_given() -> None:
+    options = ranking.RankingOptions(method_options='{"zloss": {"b": 4}}', training_options='{"cce": {"seed": 7}}')
+    parsed = {name: parse_options(ranking.command_line(name, options, [])) for name in ("cce", "zloss", "spherical")}
+    tuned = ranking.TUNED["ngram_small"]
+    assert [parsed[name][3].learning_rate for name in parsed] == [float(tuned[name][1]) for name in parsed]
+    assert parsed["zloss"][1].parsed_loss_options == {"b": 4} and parsed["cce"][3].seed == 7
+    assert parsed["spherical"][1].parsed_head_options["learning_rate"] > 0
+    for rest in (["--learning_rate", "0.5"], ["--preset", "ngram"]):
+        found = parse_options(ranking.command_line("cce", options, rest))[3].learning_rate
+        assert found == (0.5 if "0.5" in rest else 1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -31,14 +31,25 @@ def narrowing(size: int, clusters: int) -> float:
 
 
 class AdaptiveHead(OwnHead):
-    """An adaptive softmax gives the loss, and log p as the scores."""
+    """An adaptive softmax gives the loss, and log p as the scores.
+
+    A projection with a bias lends it to the words that are scored in full, and to the clusters their words' together.
+    """
 
     own_head: nn.AdaptiveLogSoftmaxWithLoss
 
     @staticmethod
-    def make_head(size: int, words: int) -> nn.AdaptiveLogSoftmaxWithLoss:
+    @torch.no_grad()
+    def make_head(projection: nn.Linear) -> nn.AdaptiveLogSoftmaxWithLoss:
+        size, words, bias = projection.in_features, projection.out_features, projection.bias
         clusters = cutoffs(words)
-        return nn.AdaptiveLogSoftmaxWithLoss(size, words, clusters, div_value=narrowing(size, len(clusters)))
+        div_value = narrowing(size, len(clusters))
+        has_bias = bias is not None
+        head = nn.AdaptiveLogSoftmaxWithLoss(size, words, clusters, div_value=div_value, head_bias=has_bias)
+        if has_bias:
+            frequent, *rest = bias.tensor_split(clusters)
+            head.head.bias.copy_(torch.cat([frequent, torch.stack([each.logsumexp(0) for each in rest])]))
+        return head
 
     def all_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.own_head.log_prob(hidden)

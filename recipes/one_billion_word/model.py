@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 import xhead
@@ -18,6 +22,7 @@ from xhead.losses import get_loss
 def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int, seed: int) -> PreTrainedModel:
     """A model with random weights that depend on nothing but the shapes and the seed."""
     set_seed(seed)
+    start = start_at_frequencies(options, vocabulary)
     own = head_options(options) if options.head == SPHERICAL else {}
     if options.network == NGRAM:
         config = NgramConfig(
@@ -27,7 +32,11 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
             hidden_sizes=options.parsed_hidden_sizes,
             bos_token_id=vocabulary.start,
         )
-        return {ADAPTIVE: AdaptiveNgram, SPHERICAL: SphericalNgram}.get(options.head, NgramForCausalLM)(config, **own)
+        if options.head in (ADAPTIVE, SPHERICAL):
+            return {ADAPTIVE: AdaptiveNgram, SPHERICAL: SphericalNgram}[options.head](config, start, **own)
+        model = NgramForCausalLM(config)
+        start(model.lm_head)
+        return model
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=options.hidden_size,
@@ -41,7 +50,31 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
         pad_token_id=None,
         use_cache=False,
     )
-    return {ADAPTIVE: AdaptiveLlama, SPHERICAL: SphericalLlama}.get(options.head, LlamaForCausalLM)(config, **own)
+    if options.head in (ADAPTIVE, SPHERICAL):
+        return {ADAPTIVE: AdaptiveLlama, SPHERICAL: SphericalLlama}[options.head](config, **own)
+    return LlamaForCausalLM(config)
+
+
+def start_at_frequencies(options: ModelOptions, vocabulary: Vocabulary) -> Callable[[nn.Linear], None]:
+    """Starts a projection's bias at the logarithm of the words' counts.
+
+    From 0, the softmax learns the frequencies through the hidden layers first, and leaves their tanh saturated. Where
+    the vocabulary has no counts, the rank k is taken to have 1 / k. Losses in whose range such scores are not, those of
+    scores near 0, start from 0 all the same.
+    """
+
+    @torch.no_grad()
+    def start(projection: nn.Linear) -> None:
+        loss = options.parsed_head_options.get("loss") if options.head == SPHERICAL else options.loss
+        if loss in ("log_spherical", "log_taylor", "mse"):
+            projection.bias.zero_()
+            return
+        ranks = torch.arange(1, len(vocabulary) + 1)
+        counts = 1 / ranks if vocabulary.counts is None else torch.tensor(vocabulary.counts).clamp(min=1)
+        logarithms = counts.double().log()
+        projection.bias.copy_(logarithms - logarithms.mean())
+
+    return start
 
 
 def check_loss(options: ModelOptions) -> None:

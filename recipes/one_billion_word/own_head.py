@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +14,25 @@ from recipes.one_billion_word.packing import IGNORED
 
 
 class OwnHead:
-    """Mixed into a causal language model: its projection goes, and `own_head` gives scores and loss.
+    """Mixed into a causal language model: its projection goes, and `own_head`, made from it, gives scores and loss.
 
-    options: what `make_head` takes beside the number of features and words.
+    start: called with the projection before. options: what `make_head` takes beside it.
     """
 
     own_head: nn.Module
 
-    def __init__(self, config: PretrainedConfig, **options: Any) -> None:
+    def __init__(
+        self, config: PretrainedConfig, start: Callable[[nn.Linear], None] | None = None, **options: Any
+    ) -> None:
         config.tie_word_embeddings = False
         super().__init__(config)  # pyright: ignore
+        if start is not None:
+            start(self.lm_head)  # pyright: ignore
+        self.own_head = self.make_head(self.lm_head, **options)  # pyright: ignore
         del self.lm_head  # pyright: ignore
-        self.own_head = self.make_head(config.hidden_size, config.vocab_size, **options)  # pyright: ignore
 
     @staticmethod
-    def make_head(size: int, words: int, **options: Any) -> nn.Module:
+    def make_head(projection: nn.Linear, **options: Any) -> nn.Module:
         raise NotImplementedError
 
     def all_scores(self, hidden: torch.Tensor) -> torch.Tensor:

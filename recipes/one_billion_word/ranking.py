@@ -48,8 +48,20 @@ DEFAULTS = {
     "--disable_tqdm": "True",
     "--valid_sentences": "1000",
 }
-# Chosen on the validation text of WikiText-2, for each method alike.
-TUNED: dict[str, dict[str, list[str]]] = {}
+# For a preset, what each method trains with where nothing else is given: chosen on the validation text of WikiText-2.
+TUNED = {
+    "ngram_small": {
+        "stock": ["--learning_rate", "1e-3"],
+        "cce": ["--learning_rate", "1e-3"],
+        "zloss": ["--learning_rate", "1.5e-3", "--loss_options", '{"a": 0.2, "b": 15}'],
+        "spherical": [
+            "--learning_rate", "3e-3",
+            "--head_options", '{"sharpness": 0.1, "margin": 10, "learning_rate": 30}',
+        ],
+        "adaptive": ["--learning_rate", "3e-3"],
+        "sampled": ["--learning_rate", "3e-3"],
+    }
+}  # fmt: skip
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
 

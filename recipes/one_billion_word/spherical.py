@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from recipes.one_billion_word.errors import RecipeError
@@ -27,8 +28,8 @@ class SphericalOutput(OwnHead):
     own_head: SphericalHead
 
     @staticmethod
-    def make_head(size: int, words: int, **options: Any) -> SphericalHead:
-        return SphericalHead(size, words, **options)
+    def make_head(projection: nn.Linear, **options: Any) -> SphericalHead:
+        return SphericalHead.from_linear(projection, **options)
 
     def all_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.own_head(hidden)
