@@ -17,6 +17,7 @@ from recipes.one_billion_word.sampled import SampledSoftmax
 from recipes.one_billion_word.spherical import SphericalLlama, SphericalNgram, SphericalOutput, head_options
 from recipes.one_billion_word.vocabulary import Vocabulary
 from xhead.losses import get_loss
+from xhead.losses.spherical_family import FAMILY
 
 
 def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int, seed: int) -> PreTrainedModel:
@@ -56,17 +57,16 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
 
 
 def start_at_frequencies(options: ModelOptions, vocabulary: Vocabulary) -> Callable[[nn.Linear], None]:
-    """Starts a projection's bias at the logarithm of the words' counts.
+    """Starts a projection's bias at the logarithm of the words' counts, for losses of a softmax.
 
-    From 0, the softmax learns the frequencies through the hidden layers first, and leaves their tanh saturated. Where
-    the vocabulary has no counts, the rank k is taken to have 1 / k. Losses in whose range such scores are not, those of
-    scores near 0, start from 0 all the same.
+    From 0, a softmax learns the frequencies through the hidden layers first, and leaves their tanh saturated. The
+    spherical losses start from 0: they see scores relative to their spread, which the counts would fill. Where the
+    vocabulary has no counts, the rank k is taken to have 1 / k.
     """
 
     @torch.no_grad()
     def start(projection: nn.Linear) -> None:
-        loss = options.parsed_head_options.get("loss") if options.head == SPHERICAL else options.loss
-        if loss in ("log_spherical", "log_taylor", "mse"):
+        if options.head == SPHERICAL or options.loss in FAMILY:
             projection.bias.zero_()
             return
         ranks = torch.arange(1, len(vocabulary) + 1)
