@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.class_order import order_table
 from benchmarks.cpu import forward_table, training_table
 from benchmarks.decoupled import table as decoupled_table
 from benchmarks.filter_accuracy import accuracy_table
@@ -18,6 +19,7 @@ from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
 from benchmarks.number_tokens import overhead_table
 from benchmarks.report import RESULTS, markdown_table
+from benchmarks.scaling import scaling_table
 from benchmarks.spherical import spherical_table
 from benchmarks.spherical_losses import table as spherical_losses_table
 from benchmarks.vq import vq_table
@@ -65,6 +67,11 @@ def cpu_random() -> str:
 def filter_accuracy() -> str:
     record = load("filter_accuracy")
     return f"{where(record)}. {inputs_line(record)}.\n\n{accuracy_table(record['filter'])}"
+
+
+def class_order() -> str:
+    record = load("class_order")
+    return f"{inputs_line(record)}.\n\n{order_table(record['orders'])}"
 
 
 def filter_training() -> str:
@@ -148,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu.random": cpu_random,
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
+    "class_order": class_order,
     "number_tokens": number_tokens,
     "vq": vq,
     "spherical": spherical,
@@ -158,6 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forecasting": forecasting,
     "forecasting.toy": forecasting_toy,
     "losses": loss_table,
+    "scaling": scaling_table,
 }
 
 
