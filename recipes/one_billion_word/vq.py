@@ -78,7 +78,7 @@ def apply_vq(model: PreTrainedModel, options: ModelOptions, vocabulary: Vocabula
 def head_facts(model: PreTrainedModel, options: ModelOptions, vocabulary: Vocabulary) -> dict[str, Any]:
     """The head's parameters, and for a codebook its options and its floor in nats a word."""
     head = model.get_output_embeddings()
-    if head is None:  # an adaptive softmax is no projection
+    if head is None:  # an adaptive softmax and a spherical head are no projections
         return {}
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in head.parameters())}
     if options.head == VQ:
