@@ -23,9 +23,11 @@ from benchmarks.spherical_losses import table as spherical_losses_table
 from benchmarks.vq import vq_table
 from recipes.forecasting.report import table as forecasting_table
 from recipes.forecasting.toy_report import toy_table
+from recipes.one_billion_word.codebooks import codebook_table
 
 ROOT = Path(__file__).parent.parent
 FORECASTING = ROOT / "recipes" / "forecasting"
+ONE_BILLION_WORD = ROOT / "recipes" / "one_billion_word"
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -142,6 +144,10 @@ def forecasting_toy() -> str:
     return f"{about}\n\n```\n{toy_table(record)}```"
 
 
+def codebooks() -> str:
+    return codebook_table(json.loads((ONE_BILLION_WORD / "results" / "codebooks.json").read_text())).rstrip()
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu.training": cpu_training,
     "cpu.forward": cpu_forward,
@@ -157,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fourier": fourier,
     "forecasting": forecasting,
     "forecasting.toy": forecasting_toy,
+    "codebooks": codebooks,
     "losses": loss_table,
 }
 

@@ -109,7 +109,7 @@ def test_toy_networks_are_single_ones():
             head.linear.bias.copy_(networks.biases[2][index, 0])
         alone.append(head.loss(hidden, labels[index]).mean())
         assert torch.allclose(networks.log_probs(inputs)[index], head(hidden), atol=1e-5)
-    assert torch.allclose(networks.loss(inputs, labels), sum(alone))
+    assert torch.allclose(networks.losses(inputs, labels), torch.stack(alone))
 
 
 def test_toy_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

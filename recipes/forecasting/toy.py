@@ -8,6 +8,7 @@ batch of networks, each on its own data with its own optimiser state.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +43,14 @@ class ToyOptions:
     batch_size: int = field(default=32, metadata={"help": "Samples a step, of each network."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of Adam."})
     init_scale: float = field(default=0.01, metadata={"help": "Of the Fourier head; the paper's code has 0.01."})
+    held_out: float = field(
+        default=0.0,
+        metadata={
+            "help": "Train on all but this share of the training samples, and test the network of the epoch at which "
+            "its loss on the share was lowest. 0: the last epoch, as in the paper."
+        },
+    )
+    schedule: str = field(default="constant", metadata={"help": "Of the learning rate: constant, or cosine to 0."})
     output_dir: str = field(default="runs/toy", metadata={"help": "Where toy.json and toy.png go."})
 
     def __post_init__(self) -> None:
@@ -50,6 +59,10 @@ class ToyOptions:
             raise RecipeError(f"--distributions has {', '.join(unknown)}; known: {', '.join(DISTRIBUTIONS)}")
         if self.samples < 5 or self.epochs < 1 or self.batch_size < 1 or not self.seeds:
             raise RecipeError("--samples must be at least 5, --epochs and --batch_size at least 1, --seeds one or more")
+        if not 0 <= self.held_out < 1:
+            raise RecipeError(f"--held_out is {self.held_out}; it must be at least 0 and below 1")
+        if self.schedule not in ("constant", "cosine"):
+            raise RecipeError(f"--schedule is {self.schedule}; known are constant and cosine")
         for name in self.heads:
             make_head(name, self.init_scale)
 
@@ -87,15 +100,15 @@ class Networks(nn.Module):
             inputs = torch.baddbmm(bias, inputs.relu() if i else inputs, weight)
         return inputs
 
-    def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:  # (networks, n, 2), (networks, n)
-        """The sum over the networks of their mean losses."""
+    def losses(self, inputs: Tensor, labels: Tensor) -> Tensor:  # (networks, n, 2), (networks, n)
+        """The mean loss of each network, (networks,)."""
         found = self(inputs)
         if self.bins is None:
-            rows = nn.functional.cross_entropy(found.flatten(0, 1), labels.flatten(), reduction="none")
+            rows = nn.functional.cross_entropy(found.transpose(1, 2), labels, reduction="none")
         else:
             real, imaginary = found.chunk(2, -1)
             rows = self.bins.loss_rows(real, imaginary, labels)
-        return rows.sum() / labels.shape[1]
+        return rows.mean(-1)
 
     @torch.no_grad()
     def log_probs(self, inputs: Tensor) -> Tensor:  # (networks, n, 2)
@@ -108,18 +121,30 @@ def train(head: str, data: list[ToyData], seeds: list[int], options: ToyOptions)
     networks = Networks(head, seeds, options.init_scale)
     optimizer = torch.optim.Adam(networks.parameters(), lr=options.learning_rate, fused=True)
     inputs, labels = (torch.stack([getattr(each, name) for each in data]) for name in ("inputs", "labels"))
-    kept = options.samples * 4 // 5
+    tested = options.samples * 4 // 5
+    kept = tested - int(tested * options.held_out)
     generator = torch.Generator().manual_seed(seeds[0])
     member = torch.arange(len(data))[:, None]
-    for _ in tqdm(range(options.epochs), desc=head, disable=None):
+    best, found = torch.full((len(data),), torch.inf), networks.log_probs(inputs[:, tested:])
+    for epoch in tqdm(range(options.epochs), desc=head, disable=None):
+        if options.schedule == "cosine":
+            optimizer.param_groups[0]["lr"] = (
+                options.learning_rate * (1 + math.cos(math.pi * epoch / options.epochs)) / 2
+            )
         order = torch.rand(len(data), kept, generator=generator).argsort(-1)
         epoch_inputs, epoch_labels = inputs[member, order], labels[member, order]
         for start in range(0, kept, options.batch_size):
             batch = slice(start, start + options.batch_size)
             optimizer.zero_grad()
-            networks.loss(epoch_inputs[:, batch], epoch_labels[:, batch]).backward()
+            networks.losses(epoch_inputs[:, batch], epoch_labels[:, batch]).sum().backward()
             optimizer.step()
-    return networks.log_probs(inputs[:, kept:])
+        if kept < tested:
+            with torch.no_grad():
+                losses = networks.losses(inputs[:, kept:tested], labels[:, kept:tested])
+            better = losses < best
+            best = torch.where(better, losses, best)
+            found = torch.where(better[:, None, None], networks.log_probs(inputs[:, tested:]), found)
+    return found if kept < tested else networks.log_probs(inputs[:, tested:])
 
 
 def run(options: ToyOptions) -> dict[str, Any]:
