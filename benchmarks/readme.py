@@ -7,6 +7,7 @@ A page marks a table with `<!-- measured: NAME -->`, or `listed` where it comes 
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.cpu import forward_table, training_table
@@ -137,10 +138,13 @@ def forecasting() -> str:
     return f"{about}\n\n```\n{forecasting_table(record['runs'])}```"
 
 
-def forecasting_toy() -> str:
-    record = json.loads((FORECASTING / "results" / "toy.json").read_text())
+def forecasting_toy(name: str = "toy") -> str:
+    record = json.loads((FORECASTING / "results" / f"{name}.json").read_text())
     options = record["options"]
-    about = f"{options['samples']:,} samples, {options['epochs']} epochs, torch {record['torch']}."
+    about = (
+        f"{options['samples']:,} samples, {options['epochs']} epochs, learning rate {options['learning_rate']:g}, "
+        f"{options['schedule']}; torch {record['torch']}."
+    )
     return f"{about}\n\n```\n{toy_table(record)}```"
 
 
@@ -163,6 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fourier": fourier,
     "forecasting": forecasting,
     "forecasting.toy": forecasting_toy,
+    "forecasting.toy_paper": partial(forecasting_toy, "toy_paper"),
     "codebooks": codebooks,
     "losses": loss_table,
 }

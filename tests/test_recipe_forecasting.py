@@ -124,6 +124,7 @@ def test_toy_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["--heads", "gmm"], "--heads has 'gmm'"),
         (["--distributions", "cauchy"], "--distributions has cauchy; known: gaussian, mixture, beta"),
         (["--epochs", "0"], "at least 1"),
+        (["--schedule", "linear"], "--schedule is linear; known are constant and cosine"),
     ]:
         with pytest.raises(SystemExit) as ended:
             toy.main(wrong)
