@@ -1,5 +1,7 @@
 """The head of vector-quantised logits inside models: patch, save, load, generate and train."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -92,3 +94,15 @@ def test_training_in_a_model_moves_the_mapping():
         losses.append(loss.item())
     assert not torch.equal(model.lm_head.token_code, before)
     assert losses[-1] < losses[0]
+
+
+def test_compiled():
+    model = model_with(token_bias="frequency", residual_size=9)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    expected, actual = model(**tokens()).loss, compiled(**tokens()).loss
+    torch.testing.assert_close(actual, expected)
+    expected.backward()
+    actual.backward()
+    for mine, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    assert xhead.status(model).materialized == 0

@@ -32,20 +32,23 @@ def pair_lse(
 
     e and f are taken relative to their largest entry. Where those two meet in no cell, and what does meet is smaller by
     more than the dtype holds (57 nats in float32, 637 in float64), the row is summed token by token instead, a few rows
-    at a time.
+    at a time. A compiled graph cannot set rows apart: it sums in float64, and what this does not hold either is NaN.
     """
     codes, residual_codes = first.shape[-1], second.shape[-1]
     bias = first.new_zeros(len(token_code)) if token_bias is None else token_bias
     largest_bias = bias.detach().amax()
     weight = first.new_zeros(codes * residual_codes)
     weight = weight.index_add(0, token_code * residual_codes + residual_code, (bias - largest_bias).exp())
+    compiling = torch.compiler.is_compiling()
+    dtype = torch.float64 if compiling else first.dtype
     top, residual_top = (each.detach().amax(-1, keepdim=True) for each in (first, second))
-    sums = ((first - top).exp() @ weight.view(codes, residual_codes)) * (second - residual_top).exp()
-    total = sums.sum(-1)
-    limits = torch.finfo(total.dtype)
+    sums = (first - top).to(dtype).exp() @ weight.view(codes, residual_codes).to(dtype)
+    total = (sums * (second - residual_top).to(dtype).exp()).sum(-1)
+    limits = torch.finfo(dtype)
     lost = total < limits.tiny / limits.eps**2
-    lse = total.masked_fill(lost, 1.0).log() + (top + residual_top).squeeze(-1) + largest_bias
-    if not lost.any():
+    logs = total.masked_fill(lost, torch.nan if compiling else 1.0).log().to(first.dtype)
+    lse = logs + (top + residual_top).squeeze(-1) + largest_bias
+    if compiling or not lost.any():
         return lse
     rows = lost.nonzero().squeeze(1)
     exact = [

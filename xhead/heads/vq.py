@@ -178,7 +178,7 @@ class VQHead(Head):
         return torch.zeros_like(lowest).index_add(0, self.token_code, shifted).log() + largest
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D)
-        """(..., V): `o_v = hidden . codebook[M(v)] + b_v`. K dot products a row, and one gather."""
+        """(..., V): the logits o_v. K dot products a row and a gather; with two codes, also S and another gather."""
         logits = F.linear(hidden, self.codebook.to(hidden.dtype)).index_select(-1, self.token_code)
         if self.config.residual_size:
             residual = F.linear(hidden, self.residual_codebook.to(hidden.dtype))
