@@ -167,7 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fourier": fourier,
     "forecasting": forecasting,
     "forecasting.toy": forecasting_toy,
-    "forecasting.toy_paper": partial(forecasting_toy, "toy_paper"),
+    "forecasting.toy_dense": partial(forecasting_toy, "toy_dense"),
     "codebooks": codebooks,
     "losses": loss_table,
 }
