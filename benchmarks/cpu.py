@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     softmax = head_inputs.softmax_of(inputs)
     record: dict[str, object] = {
         "environment": measure.environment(),
-        "inputs": {"source": inputs.source, **shape, "dtype": str(inputs.hidden.dtype), **vars(softmax)},
+        "inputs": head_inputs.record_of(inputs, softmax),
         "logits_bytes": logits_bytes,
     }
     print(

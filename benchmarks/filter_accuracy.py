@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     print(f"\n{accuracy_table(records)}\n")
     record = {
         "environment": measure.environment(),
-        "inputs": {"source": inputs.source, **inputs.shape, "dtype": str(inputs.hidden.dtype), **vars(softmax)},
+        "inputs": head_inputs.record_of(inputs, softmax),
         "filter": records,
     }
     save_json(options.output, record)

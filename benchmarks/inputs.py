@@ -157,6 +157,11 @@ def softmax_of(inputs: HeadInputs, thresholds: tuple[float, ...] = (2.0**-12,), 
     )
 
 
+def record_of(inputs: HeadInputs, softmax: Softmax) -> dict[str, object]:
+    """What a result says of its inputs."""
+    return {"source": inputs.source, **inputs.shape, "dtype": str(inputs.hidden.dtype), **vars(softmax)}
+
+
 def describe(softmax: Softmax) -> str:
     """One line on how concentrated a softmax is."""
     shares = [f"{share:.3%} of the entries have p >= {eps}" for eps, share in softmax.kept_share.items()]

@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     softmax = head_inputs.softmax_of(inputs)
     record: dict[str, object] = {
         "environment": measure.environment(),
-        "inputs": {"source": inputs.source, **inputs.shape, "dtype": str(inputs.hidden.dtype), **vars(softmax)},
+        "inputs": head_inputs.record_of(inputs, softmax),
         "number_share": options.share,
     }
     print(f"{record['environment']}\n\n{inputs.source}: {inputs.shape}, {inputs.hidden.dtype}\n")

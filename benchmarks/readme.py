@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks.class_order import order_table
 from benchmarks.cpu import forward_table, training_table
 from benchmarks.decoupled import table as decoupled_table
 from benchmarks.filter_accuracy import accuracy_table
@@ -68,6 +69,11 @@ def cpu_random() -> str:
 def filter_accuracy() -> str:
     record = load("filter_accuracy")
     return f"{where(record)}. {inputs_line(record)}.\n\n{accuracy_table(record['filter'])}"
+
+
+def class_order() -> str:
+    record = load("class_order")
+    return f"{inputs_line(record)}.\n\n{order_table(record['orders'])}"
 
 
 def filter_training() -> str:
@@ -158,6 +164,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu.random": cpu_random,
     "filter_accuracy": filter_accuracy,
     "filter_training": filter_training,
+    "class_order": class_order,
     "number_tokens": number_tokens,
     "vq": vq,
     "spherical": spherical,

@@ -79,23 +79,32 @@ SIDES = {"spherical head, Z-loss": spherical_step, "adaptive softmax": adaptive_
 OURS = "spherical head, Z-loss"
 
 
-def measure_sides(options: argparse.Namespace) -> list[dict[str, object]]:
-    """A record a side and number of classes: seconds a step and memory over what is held between steps."""
+def measure_together(steps: dict[tuple[str, int], Callable[[], object]], repeats: int, warmup: int) -> list[dict]:
+    """A record each, timed in turns: seconds a step, and memory over what is held between steps."""
+    labels = {f"{name}, V {classes:,}": (name, classes) for name, classes in steps}
+    timings = measure.time_interleaved(
+        {label: steps[key] for label, key in labels.items()}, repeats=repeats, warmup=warmup
+    )
     records = []
-    for classes in options.classes:
-        batches = Batches(options.rows, options.size, classes)
-        largest = classes == max(options.classes)
-        sides = {name: make(batches, classes) for name, make in SIDES.items() if name == OURS or largest}
-        for name, step in sides.items():
-            # Each on its own: after a step that streams gigabytes, the next would find cold caches.
-            repeats = options.steps if name == OURS else options.repeats
-            warmup = 20 if name == OURS else 1
-            timing = measure.time_interleaved({name: step}, repeats=repeats, warmup=warmup)[name]
-            peak = measure.peak_allocated(step)[0]
-            print(f"  V {classes:,}: {name}: {1e3 * timing.median:.2f} ms", flush=True)
-            summary = {key: value for key, value in timing.summary().items() if key != "seconds"}
-            records.append({"name": name, "classes": classes, "steps": repeats, **summary, "beyond_weight": peak})
-        del sides
+    for label, (name, classes) in labels.items():
+        peak = measure.peak_allocated(steps[name, classes])[0]
+        print(f"  {label}: {1e3 * timings[label].median:.2f} ms", flush=True)
+        summary = {key: value for key, value in timings[label].summary().items() if key != "seconds"}
+        records.append({"name": name, "classes": classes, "steps": repeats, **summary, "beyond_weight": peak})
+    return records
+
+
+def measure_sides(options: argparse.Namespace) -> list[dict]:
+    batches = {classes: Batches(options.rows, options.size, classes) for classes in options.classes}
+    largest = max(batches)
+    ours = {(OURS, classes): spherical_step(each, classes) for classes, each in batches.items()}
+    records = measure_together(ours, options.steps, warmup=20)
+    del ours
+    for name in [name for name in SIDES if name != OURS]:
+        # Each on its own: after a step that streams gigabytes, the next would find cold caches.
+        step = SIDES[name](batches[largest], largest)
+        records += measure_together({(name, largest): step}, options.repeats, warmup=1)
+        del step
     return records
 
 

@@ -25,20 +25,26 @@ ARCHITECTURES = tuple(SHARED_LIMIT)
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
-def kernels(blocks: Blocks) -> dict:
+def kernels(blocks: Blocks, *, capped: bool) -> dict:
     """Each kernel with its constants, by name."""
     tile = {"BLOCK_N": blocks.rows, "BLOCK_V": blocks.classes, "BLOCK_D": blocks.inner}
     product = tile | {"BLOCK_D": 2 * blocks.inner, "INNER": blocks.inner}
-    options = {"HAS_BIAS": True, "HAS_CAP": False}
-    return {
-        "row_statistics": (
-            row_statistics._row_statistics_kernel,
-            options | {"HAS_ARGMAX": False, "RECORD": True} | tile,
-        ),
+    options = {"HAS_BIAS": True, "HAS_CAP": capped}
+    pointers = {"HAS_ARGMAX": False, "RECORD": True, "DESCRIBED": False, "SPECIALISED": False}
+    made = {
+        "row_statistics": (row_statistics._row_statistics_kernel, options | pointers | tile),
         "residual": (residual._residual_kernel, options | {"HAS_TARGET": True} | tile),
-        "hidden_grad": (products._hidden_grad_kernel, product),
-        "weight_grad": (products._weight_grad_kernel, {"HAS_BIAS": False, "ADD": True} | product),
     }
+    if blocks.described:
+        described = {"RECORD": False, "DESCRIBED": True, "SPECIALISED": blocks.specialised, "order": None}
+        made["row_statistics, described"] = (
+            row_statistics._row_statistics_kernel,
+            options | pointers | described | tile,
+        )
+    if not capped:
+        made["hidden_grad"] = (products._hidden_grad_kernel, product)
+        made["weight_grad"] = (products._weight_grad_kernel, {"HAS_BIAS": False, "ADD": True} | product)
+    return {f"{name}, capped" if capped else name: kernel for name, kernel in made.items()}
 
 
 def slice_kernels() -> dict:
@@ -62,7 +68,7 @@ TYPES = {
     "target": "*i64", "argmax_out": "*i64", "row_start": "*i64", "class_start": "*i64", "row_block_of": "*i32",
     "class_block_of": "*i32", "row_tile": "*i32", "hidden": "*bf16", "weight": "*bf16", "bias": "*bf16",
     "residual": "*bf16", "out": "*bf16", "weight_grad": "*bf16", "tile_peak_out": "*fp16", "scale": "fp32",
-    "softcap": "fp32", "gamma": "fp32", "margin": "fp32", "row_offsets": "*i64", "columns": "*i64",
+    "order": "*i32", "softcap": "fp32", "gamma": "fp32", "margin": "fp32", "row_offsets": "*i64", "columns": "*i64",
 }  # fmt: skip
 NUMBERS = {
     "rows", "classes", "size", "hidden_stride", "weight_stride", "grad_stride", "tiles", "tiles_per_split",
@@ -80,6 +86,9 @@ def compiled(kernel, constants: dict, architecture: int, **options: int):
             signature[name], values[position,] = "constexpr", constants[name]
             continue
         signature[name] = "i32" if name in NUMBERS else TYPES.get(name, "*fp32")
+        if constants.get("DESCRIBED") and name in ("hidden", "weight"):
+            rows = constants["BLOCK_N" if name == "hidden" else "BLOCK_V"]
+            signature[name] = f"tensordesc<bf16[{rows},{constants['BLOCK_D']}]>"
         if name == "target" and constants.get("SOFT_TARGET"):
             signature[name] = "*bf16"
         if name in ALIGNED or signature[name].startswith("*"):
@@ -102,8 +111,10 @@ def spilled(cubin: bytes) -> int:
 
 def records(architecture: int):
     """What the compiler made of each kernel, for the blocks that the architecture gets."""
-    blocks = blocks_of(torch.bfloat16, architecture // 10)
-    work = {name: (*each, blocks.warps, True) for name, each in kernels(blocks).items()}
+    work = {}
+    for capped in (False, True):
+        blocks = blocks_of(torch.bfloat16, architecture // 10, capped=capped)
+        work |= {name: (*each, blocks.warps, True) for name, each in kernels(blocks, capped=capped).items()}
     work |= {name: (*each, False) for name, each in slice_kernels().items()}
     for name, (kernel, constants, warps, multiplies) in work.items():
         made = compiled(kernel, constants, architecture, num_warps=warps, num_stages=blocks.stages)
@@ -112,6 +123,8 @@ def records(architecture: int):
             "architecture": architecture,
             "tensor_core": TENSOR_CORE[architecture] in made.asm["ptx"] or not multiplies,
             "asynchronous_copies": made.asm["ptx"].count("cp.async"),
+            "described_copies": made.asm["ptx"].count("cp.async.bulk.tensor"),
+            "specialised_warps": "ttg.warp_specialize" in made.asm["ttgir"],
             "spilled": spilled(made.asm["cubin"]),
             "shared": made.metadata.shared,
             "fits": made.metadata.shared <= SHARED_LIMIT[architecture],

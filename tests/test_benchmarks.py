@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import cpu, filter_accuracy, filter_training, inputs, measure, number_tokens, report, vq
+from benchmarks import class_order, cpu, filter_accuracy, filter_training, inputs, measure, number_tokens, report, vq
 
 MEGABYTE = 2**20
 
@@ -180,6 +180,22 @@ def test_cpu_command(tmp_path, capsys):
     assert errors["xhead, filter off"] < 1e-5
     assert 1e-5 < errors["xhead, filter 2^-8"] < 0.5
     assert json.loads((tmp_path / "cpu.json").read_text())["training"][0]["median"] > 0
+
+
+def test_class_order_command(tmp_path, capsys):
+    arguments = ["--rows", "512", "--classes", "2048", "--width", "32", "--kept_share", "0.03", "--exponents", "8"]
+    record = class_order.main([*arguments, "--output", str(tmp_path / "order.json")])
+    shares = {each["order"]: each["tiles"]["128 x 128"] for each in record["orders"]}
+    assert len(shares) == 4
+    assert shares["largest probability"] == min(shares.values())
+    assert class_order.order_table(record["orders"]) in capsys.readouterr().out
+
+
+def test_visited_tiles():
+    kept = torch.zeros(5, 7, dtype=torch.bool)
+    kept[0, 0] = kept[0, 5] = kept[3, 1] = True
+    assert class_order.visited(kept, torch.arange(7), 2, 3) == 3 / 4
+    assert class_order.visited(kept, torch.tensor([0, 5, 1, 2, 3, 4, 6]), 2, 3) == 2 / 4
 
 
 def test_filter_accuracy_command(tmp_path):

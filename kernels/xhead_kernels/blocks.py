@@ -13,6 +13,8 @@ class Blocks(NamedTuple):
     inner: int = 64
     warps: int = 8
     stages: int = 3
+    described: bool = False  # load blocks by descriptors, where the matrices allow it
+    specialised: bool = False  # and have some warps do nothing else
 
     def launch(self, **options: Any) -> dict[str, Any]:
         """Keyword arguments of a kernel's launch: these sizes, and the options of the call, which come first."""
@@ -31,23 +33,25 @@ def ceil_divide(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def blocks_for(dtype: torch.dtype, device: torch.device) -> Blocks:
-    """Tensor cores take half precision; float32 is multiplied out in full, on smaller tiles."""
+def blocks_for(dtype: torch.dtype, device: torch.device, *, capped: bool) -> Blocks:
+    """Tensor cores take half precision; float32 is multiplied out in full, on smaller tiles. capped: with a softcap."""
     if device.type == "cuda" and torch.version.hip is not None:
         return Blocks(64, 64, 32, stages=2) if dtype == torch.float32 else Blocks(128, 128, 32, stages=2)
     if device.type == "cuda":
-        return blocks_of(dtype, torch.cuda.get_device_capability(device)[0])
-    return blocks_of(dtype, _NEWEST)
+        return blocks_of(dtype, torch.cuda.get_device_capability(device)[0], capped=capped)
+    return blocks_of(dtype, _NEWEST, capped=capped)
 
 
-def blocks_of(dtype: torch.dtype, major: int) -> Blocks:
+def blocks_of(dtype: torch.dtype, major: int, *, capped: bool) -> Blocks:
     """The blocks for a compute capability: the largest of which no kernel spills registers."""
     if dtype == torch.float32:
         return Blocks(64, 128, 32, warps=8, stages=2)
     if major == 9:
-        return Blocks()
+        # tanh and its slope need registers beside those of the logits.
+        return Blocks(classes=128 if capped else 256, described=True)
     # Where shared memory is small, as it is on cards with displays, a step of the product is too.
-    return Blocks(128, 128, 64 if major in (10, 11) else 32, stages=4)
+    large = major in (10, 11)
+    return Blocks(128, 128, 64 if large else 32, stages=4, described=large, specialised=large)
 
 
 _NEWEST = 10  # stands in where there is no GPU

@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from xhead_kernels.blocks import Blocks, ceil_divide
-from xhead_kernels.tile import multiply_add
+from xhead_kernels.tile import classes_at, multiply_add
 
 
 @triton.jit
 def _hidden_grad_kernel(
     residual,  # (tiles, BLOCK_N, BLOCK_V)
     weight,
+    order,  # (V,)
     row_start,  # (row blocks + 1,)
     row_tile,  # (tiles,) the tiles sorted by row block
     class_block_of,  # (tiles,)
@@ -39,7 +40,7 @@ def _hidden_grad_kernel(
         first_class = tl.load(class_block_of + tile) * BLOCK_V
         tile_rows = residual + tile.to(tl.int64) * BLOCK_N * BLOCK_V + local_row[:, None] * BLOCK_V
         for start in range(0, BLOCK_V, INNER):
-            column = first_class + start + inner
+            column = classes_at(order, first_class + start + inner, classes)
             left = tl.load(tile_rows + (start + inner)[None, :])
             right = tl.load(
                 weight + column.to(tl.int64)[:, None] * weight_stride + feature[None, :],
@@ -56,6 +57,7 @@ def _hidden_grad_kernel(
 def _weight_grad_kernel(
     residual,
     hidden,
+    order,
     class_start,  # (class blocks + 1,) int64, so that a tile's place does not overflow
     row_block_of,  # (tiles,)
     rest,  # (class blocks, D) float32, added to each class of the block
@@ -78,7 +80,7 @@ def _weight_grad_kernel(
 ):
     block = tl.program_id(0)
     local_column, inner = tl.arange(0, BLOCK_V), tl.arange(0, INNER)
-    column = (first_block + block) * BLOCK_V + local_column
+    column = classes_at(order, (first_block + block) * BLOCK_V + local_column, classes)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     place = weight_grad + column.to(tl.int64)[:, None] * grad_stride + feature[None, :]
     inside = (column < classes)[:, None] & (feature < size)[None, :]
@@ -115,6 +117,7 @@ def add_hidden_grad(
     hidden_grad: Tensor,  # (N, D) float32
     residual: Tensor,  # (tiles, rows of a block, classes of a block)
     weight: Tensor,  # (V, D)
+    order: Tensor | None,  # (V,) int32
     row_start: Tensor,  # (row blocks + 1,) int64
     row_tile: Tensor,  # (tiles,) int32
     class_block_of: Tensor,  # (tiles,) int32
@@ -127,6 +130,7 @@ def add_hidden_grad(
     _hidden_grad_kernel[(ceil_divide(rows, blocks.rows), ceil_divide(size, width))](
         residual,
         weight,
+        order,
         row_start,
         row_tile,
         class_block_of,
@@ -146,6 +150,7 @@ def write_weight_grad(
     bias_grad: Tensor | None,  # (V,) float32
     residual: Tensor,  # (tiles, rows of a block, classes of a block), sorted by class block
     hidden: Tensor,  # (N, D)
+    order: Tensor | None,  # (V,) int32
     class_start: Tensor,  # (class blocks of this call + 1,) int64
     row_block_of: Tensor,  # (tiles,) int32
     rest: Tensor,  # (class blocks, D) float32
@@ -162,6 +167,7 @@ def write_weight_grad(
     _weight_grad_kernel[(class_start.shape[0] - 1, ceil_divide(size, width))](
         residual,
         hidden,
+        order,
         class_start,
         row_block_of,
         rest,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xhead_kernels.blocks import Blocks
-from xhead_kernels.tile import tile_logits
+from xhead_kernels.tile import classes_at, finished, tile_products
 
 
 @triton.jit
@@ -14,6 +14,7 @@ def _residual_kernel(
     hidden,
     weight,
     bias,
+    order,  # (V,)
     target,  # (N,)
     lse,  # (N,)
     level,  # (N,)
@@ -38,11 +39,11 @@ def _residual_kernel(
     tile = tl.program_id(0)
     local_row, local_column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
     row = tl.load(row_block_of + tile) * BLOCK_N + local_row
-    column = tl.load(class_block_of + tile) * BLOCK_V + local_column
-    logits = tile_logits(
-        hidden, weight, bias, row, column, rows, classes, size, hidden_stride, weight_stride, scale, softcap,
-        HAS_BIAS, HAS_CAP, BLOCK_N, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
+    column = classes_at(order, tl.load(class_block_of + tile) * BLOCK_V + local_column, classes)
+    products = tile_products(
+        hidden, weight, row, column, rows, classes, size, hidden_stride, weight_stride, BLOCK_N, BLOCK_V, BLOCK_D
+    )
+    logits = finished(products, bias, column, classes, scale, softcap, HAS_BIAS, HAS_CAP)
     row_inside = row < rows
     row_lse = tl.load(lse + row, mask=row_inside, other=0.0)
     residual = tl.exp(logits - row_lse[:, None]) * tl.load(level + row, mask=row_inside, other=0.0)[:, None]
@@ -63,6 +64,7 @@ def residual_tiles(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
+    order: Tensor | None,  # (V,) int32, the classes as they lie in the tiles
     target: Tensor | None,  # (N,)
     lse: Tensor,  # (N,)
     level: Tensor,  # (N,)
@@ -86,6 +88,7 @@ def residual_tiles(
             hidden,
             weight,
             weight if bias is None else bias,
+            order,
             lse if target is None else target,
             lse,
             level,

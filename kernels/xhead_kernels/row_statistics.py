@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xhead_kernels.blocks import Blocks, ceil_divide
-from xhead_kernels.tile import tile_logits
+from xhead_kernels.descriptors import describable, descriptor
+from xhead_kernels.tile import classes_at, described_products, finished, tile_products
 
 
 @triton.jit
@@ -14,6 +15,7 @@ def _row_statistics_kernel(
     hidden,
     weight,
     bias,
+    order,  # (V,)
     shift_out,  # (splits, N)
     total_out,  # (splits, N)
     argmax_out,  # (splits, N)
@@ -32,12 +34,15 @@ def _row_statistics_kernel(
     HAS_CAP: tl.constexpr,
     HAS_ARGMAX: tl.constexpr,
     RECORD: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # hidden and weight are descriptors
+    SPECIALISED: tl.constexpr,  # some warps load while others multiply
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     split = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = tl.program_id(0) * BLOCK_N
+    row = first_row + tl.arange(0, BLOCK_N)
     row_inside = row < rows
     shift = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -47,12 +52,26 @@ def _row_statistics_kernel(
     if RECORD:
         tile_lse_out += first.to(tl.int64) * rows
         tile_peak_out += first.to(tl.int64) * rows
-    for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        logits = tile_logits(
-            hidden, weight, bias, row, column, rows, classes, size, hidden_stride, weight_stride, scale, softcap,
-            HAS_BIAS, HAS_CAP, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+    for tile in tl.range(first, tl.minimum(first + tiles_per_split, tiles), warp_specialize=SPECIALISED):
+        column = classes_at(order, tile * BLOCK_V + tl.arange(0, BLOCK_V), classes)
+        if DESCRIBED:
+            products = described_products(hidden, weight, first_row, tile * BLOCK_V, size, BLOCK_N, BLOCK_V, BLOCK_D)
+        else:
+            products = tile_products(
+                hidden,
+                weight,
+                row,
+                column,
+                rows,
+                classes,
+                size,
+                hidden_stride,
+                weight_stride,
+                BLOCK_N,
+                BLOCK_V,
+                BLOCK_D,
+            )
+        logits = finished(products, bias, column, classes, scale, softcap, HAS_BIAS, HAS_CAP)
         logits = tl.where((column < classes)[None, :], logits, float("-inf"))
         peak = tl.max(logits, 1)
         if HAS_ARGMAX:
@@ -82,6 +101,7 @@ def row_statistics(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
+    order: Tensor | None,  # (V,) int32, the classes as they lie in the tiles
     blocks: Blocks,
     *,
     scale: float,
@@ -98,10 +118,12 @@ def row_statistics(
     float_options = {"dtype": torch.float32, "device": hidden.device}
     shift, total = torch.empty(splits, rows, **float_options), torch.empty(splits, rows, **float_options)
     largest = torch.empty(splits, rows, dtype=torch.int64, device=hidden.device) if argmax else None
+    described = order is None and blocks.described and describable(hidden) and describable(weight)
     _row_statistics_kernel[(row_blocks, splits)](
-        hidden,
-        weight,
+        descriptor(hidden, blocks.rows, blocks.inner) if described else hidden,
+        descriptor(weight, blocks.classes, blocks.inner) if described else weight,
         weight if bias is None else bias,
+        order,
         shift,
         total,
         shift if largest is None else largest,
@@ -117,13 +139,21 @@ def row_statistics(
         tiles,
         ceil_divide(tiles, splits),
         **blocks.launch(
-            HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, HAS_ARGMAX=argmax, RECORD=tile_lse is not None
+            HAS_BIAS=bias is not None,
+            HAS_CAP=softcap is not None,
+            HAS_ARGMAX=argmax,
+            RECORD=tile_lse is not None,
+            DESCRIBED=described,
+            SPECIALISED=described and blocks.specialised,
         ),
     )
     highest, place = shift.max(0)
     base = highest.masked_fill(highest == float("-inf"), 0.0)
     lse = (total * (shift - base).exp()).sum(0).log() + base
-    return lse, highest, None if largest is None else largest.gather(0, place[None]).squeeze(0)
+    if largest is None:
+        return lse, highest, None
+    found = largest.gather(0, place[None]).squeeze(0)
+    return lse, highest, found if order is None else order[found].long()
 
 
 def _splits(row_blocks: int, tiles: int, device: torch.device) -> int:

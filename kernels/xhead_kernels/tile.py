@@ -1,4 +1,4 @@
-"""The logits of one tile, which every pass over the vocabulary forms in the same way."""
+"""The classes and the logits of one tile, which every pass over the vocabulary forms in the same way."""
 
 import triton
 import triton.language as tl
@@ -24,10 +24,17 @@ def capped(logits, softcap):
 
 
 @triton.jit
-def tile_logits(
+def classes_at(order, place, classes):
+    """The classes at some places of the order, which are the places themselves where there is no order."""
+    if order is not None:
+        return tl.load(order + place, mask=place < classes, other=classes)
+    return place
+
+
+@triton.jit
+def tile_products(
     hidden,  # (N, D)
     weight,  # (V, D)
-    bias,  # (V,)
     row,  # (BLOCK_N,) rows of hidden
     column,  # (BLOCK_V,) rows of weight
     rows,
@@ -35,30 +42,52 @@ def tile_logits(
     size,
     hidden_stride,
     weight_stride,
-    scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`cap(scale * (hidden @ weight.T + bias))` (BLOCK_N, BLOCK_V) in float32; 0 inputs outside the matrices."""
+    """`hidden @ weight.T` (BLOCK_N, BLOCK_V) of any rows and classes in float32; 0 inputs outside the matrices."""
     inner = tl.arange(0, BLOCK_D)
     row_inside, column_inside = row < rows, column < classes
     # A row times its stride leaves 32 bits at the sizes this is for.
     hidden_rows = hidden + row.to(tl.int64)[:, None] * hidden_stride
     weight_rows = weight + column.to(tl.int64)[:, None] * weight_stride
-    logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start in range(0, size, BLOCK_D):
         inside = start + inner < size
         left = tl.load(hidden_rows + (start + inner)[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0)
         right = tl.load(
             weight_rows + (start + inner)[None, :], mask=column_inside[:, None] & inside[None, :], other=0.0
         )
-        logits = multiply_add(left, tl.trans(right), logits)
+        total = multiply_add(left, tl.trans(right), total)
+    return total
+
+
+@triton.jit
+def described_products(
+    hidden,  # descriptors of (N, D) and (V, D), whose blocks are (BLOCK_N, BLOCK_D) and (BLOCK_V, BLOCK_D)
+    weight,
+    first_row,
+    first_class,
+    size,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The same for neighbouring rows and classes, which the GPU's copy engine loads, with 0 outside the matrices."""
+    total = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for start in range(0, size, BLOCK_D):
+        left, right = hidden.load([first_row, start]), weight.load([first_class, start])
+        total = multiply_add(left, tl.trans(right), total)
+    return total
+
+
+@triton.jit
+def finished(products, bias, column, classes, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """`cap(scale * (products + bias))`"""
+    logits = products
     if HAS_BIAS:
-        logits += tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
+        logits += tl.load(bias + column, mask=column < classes, other=0.0).to(tl.float32)[None, :]
     logits *= scale
     if HAS_CAP:
         logits = capped(logits, softcap)

@@ -30,8 +30,9 @@ class ActiveTiles:
         lse: Tensor,  # (n,)
         tile_lse: Tensor,  # (tiles, n)
         tile_peak: Tensor,  # (tiles, n), the tile's largest logit less its log-sum-exp
+        order: Tensor,  # (V,) int32, the classes as they lie in the tiles
     ):
-        self.problem, self.operands, self.lse, self.tile_lse = problem, operands, lse, tile_lse
+        self.problem, self.operands, self.lse, self.tile_lse, self.order = problem, operands, lse, tile_lse, order
         self.active = self._active(tile_peak)
         self.counts: list[int] = self.active.sum(0).tolist()  # read from the device: they decide the path
 
@@ -73,28 +74,28 @@ class ActiveTiles:
         rest_bias = torch.zeros(self.active.shape[1], device=device)
         tilted = False
         if self.problem.filter.compensate:
-            skipped = SkippedTiles(self.problem, operands, self.lse, level, self.tile_lse, self.active)
+            skipped = SkippedTiles(self.problem, operands, self.lse, level, self.tile_lse, self.active, self.order)
             tilted = skipped.add(hidden_grad, weight_grad, bias_grad, rest, rest_bias, factor)
         if weight_grad is None and bias_grad is not None:
-            bias_grad += rest_bias.repeat_interleave(tile_blocks.classes)[: bias_grad.shape[0]]
+            bias_grad[self.order.long()] += rest_bias.repeat_interleave(tile_blocks.classes)[: bias_grad.shape[0]]
         products = kernels("products")
         for first, last in self._chunks():
             part = self.active[:, first:last]
             class_block, row_block = part.T.nonzero().int().unbind(1)
             residual = kernels("residual").residual_tiles(
-                operands.hidden, operands.weight, operands.bias, operands.target, self.lse, level, target_level,
-                row_block, class_block + first, tile_blocks, **operands.options,
+                operands.hidden, operands.weight, operands.bias, self.order, operands.target, self.lse, level,
+                target_level, row_block, class_block + first, tile_blocks, **operands.options,
             )  # fmt: skip
             if hidden_grad is not None:
                 tile = row_block.sort(stable=True).indices.int()
                 products.add_hidden_grad(
-                    hidden_grad, residual, operands.weight, _offsets(part.sum(1)), tile, class_block + first, factor,
-                    tile_blocks,
+                    hidden_grad, residual, operands.weight, self.order, _offsets(part.sum(1)), tile,
+                    class_block + first, factor, tile_blocks,
                 )  # fmt: skip
             if weight_grad is not None:
                 products.write_weight_grad(
-                    weight_grad, bias_grad, residual, operands.hidden, _offsets(part.sum(0)), row_block, rest,
-                    rest_bias, factor, first, tile_blocks, add=tilted,
+                    weight_grad, bias_grad, residual, operands.hidden, self.order, _offsets(part.sum(0)), row_block,
+                    rest, rest_bias, factor, first, tile_blocks, add=tilted,
                 )  # fmt: skip
             elif bias_grad is not None:
                 self._write_bias_grad(bias_grad, residual, class_block + first, factor)
@@ -117,10 +118,10 @@ class ActiveTiles:
     def _write_bias_grad(self, bias_grad: Tensor, residual: Tensor, class_block: Tensor, factor: Tensor) -> None:
         """The bias trains and the weight does not: the residual's columns are summed without a product."""
         width = self.operands.blocks.classes
-        column = (class_block.long()[:, None] * width + torch.arange(width, device=self.lse.device)).flatten()
+        place = (class_block.long()[:, None] * width + torch.arange(width, device=self.lse.device)).flatten()
         total = residual.sum(1, dtype=torch.float32).flatten() * factor
-        inside = column < bias_grad.shape[0]
-        bias_grad.index_put_((column[inside],), total[inside], accumulate=True)
+        inside = place < bias_grad.shape[0]
+        bias_grad.index_put_((self.order[place[inside]].long(),), total[inside], accumulate=True)
 
     def _add_lone_targets(
         self,
@@ -134,7 +135,9 @@ class ActiveTiles:
         operands = self.operands
         assert operands.target is not None
         rows = torch.arange(self.lse.shape[0], device=self.lse.device)
-        active = self.active[rows // operands.blocks.rows, operands.target // operands.blocks.classes]
+        place = torch.empty(self.order.shape[0], dtype=torch.int64, device=rows.device)
+        place[self.order.long()] = torch.arange(self.order.shape[0], device=rows.device)
+        active = self.active[rows // operands.blocks.rows, place[operands.target] // operands.blocks.classes]
         for row in rows[~active].split(_TARGET_ROWS):
             target = operands.target[row]
             value = level[row] * cap_slope(logit[row], self.problem.softcap)

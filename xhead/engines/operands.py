@@ -14,6 +14,12 @@ def kernels(name: str) -> Any:
     return importlib.import_module(f"xhead_kernels.{name}")
 
 
+def blocks_for(problem: Problem) -> Any:
+    """The sizes of the tiles, known from the problem alone."""
+    hidden = problem.hidden
+    return kernels("blocks").blocks_for(hidden.dtype, hidden.device, capped=problem.softcap is not None)
+
+
 class Operands:
     """Hidden states and targets of the rows that count (n of them), the weight and the bias, with rows in one piece."""
 
@@ -26,5 +32,5 @@ class Operands:
         self.target: Tensor | None = None
         if problem.target is not None and not problem.soft_target:
             self.target = self.rows.take(problem.target).contiguous()
-        self.blocks = kernels("blocks").blocks_for(hidden.dtype, hidden.device)
+        self.blocks = blocks_for(problem)
         self.options = {"scale": problem.scale, "softcap": problem.softcap}

@@ -1,7 +1,7 @@
-"""What skipped tiles hold, in closed form: blocks of neighbouring classes instead of single entries.
+"""What skipped tiles hold, in closed form: blocks of classes instead of single entries.
 
-Let b be a block of |b| neighbouring classes, m_ib the mass of row i in it where its tile is skipped, 0 elsewhere, and
-wbar_b the mean row of the weight in it. To first order inside a block, with obar_ib the mean logit,
+Let b be a block of |b| classes that lie in a tile together, m_ib the mass of row i in it where its tile is skipped, 0
+elsewhere, and wbar_b the mean row of the weight in it. To first order inside a block, with obar_ib the mean logit,
 
     p_ik ~ m_ib / |b| (1 + tilt_i (o_ik - obar_ib))
 
@@ -36,9 +36,10 @@ class SkippedTiles:
         level: Tensor,  # (n,) upstream gradient
         tile_lse: Tensor,  # (class blocks, n)
         active: Tensor,  # (row blocks, class blocks) bool
+        order: Tensor,  # (V,) int32, the classes as they lie in the tiles
     ):
         self.problem, self.operands, self.lse, self.level = problem, operands, lse, level
-        self.tile_lse, self.active = tile_lse, active
+        self.tile_lse, self.active, self.order = tile_lse, active, order.long()
         self.height, self.width = operands.blocks.rows, operands.blocks.classes
         self.mean = self._block_means(operands.weight)
         bias = operands.bias
@@ -50,10 +51,13 @@ class SkippedTiles:
 
     def _block_means(self, rows: Tensor) -> Tensor:
         """Mean of each block of rows in float32. rows: (V, D) -> (class blocks, D)"""
-        full = rows.shape[0] // self.width
-        means = [rows[: full * self.width].view(full, self.width, -1).mean(1, dtype=torch.float32)] if full else []
-        if full * self.width < rows.shape[0]:
-            means.append(rows[full * self.width :].mean(0, keepdim=True, dtype=torch.float32))
+        means = []
+        for start, stop in blocks(rows.shape[0], size=max(_CLASSES // self.width, 1) * self.width):
+            part = rows[self.order[start:stop]]
+            full = part.shape[0] // self.width * self.width
+            means.append(part[:full].view(-1, self.width, part.shape[1]).mean(1, dtype=torch.float32))
+            if full < part.shape[0]:
+                means.append(part[full:].mean(0, keepdim=True, dtype=torch.float32))
         return torch.cat(means)
 
     def _mass(self, first: int, last: int) -> Tensor:
@@ -132,10 +136,10 @@ class SkippedTiles:
         gram, with_bias = self.mean.new_zeros(size, size), self.mean.new_zeros(size)
         for start, stop in blocks(weight.shape[0], size=_CLASSES):
             block = torch.arange(start, stop, device=weight.device) // self.width
-            root = share[block].sqrt()
-            centred = (weight[start:stop].float() - self.mean[block]).mul_(root[:, None])
+            classes, root = self.order[start:stop], share[block].sqrt()
+            centred = (weight[classes].float() - self.mean[block]).mul_(root[:, None])
             if self.operands.bias is not None and self.mean_bias is not None:
-                with_bias += ((self.operands.bias[start:stop].float() - self.mean_bias[block]) * root) @ centred
+                with_bias += ((self.operands.bias[classes].float() - self.mean_bias[block]) * root) @ centred
             # At the speed of the weight's dtype: a correction needs no more digits.
             centred = centred.to(weight.dtype)
             gram += (centred.T @ centred).float()
@@ -148,5 +152,6 @@ class SkippedTiles:
         direction = (covariance / largest).to(weight.dtype)
         for start, stop in blocks(weight.shape[0], size=_CLASSES):
             block = torch.arange(start, stop, device=weight.device) // self.width
-            product = weight[start:stop] @ direction
-            weight_grad[start:stop] = product * (coefficient * largest)[block][:, None]
+            classes = self.order[start:stop]
+            product = (weight[classes] @ direction) * (coefficient * largest)[block][:, None]
+            weight_grad[classes] = product.to(weight_grad.dtype)

@@ -12,9 +12,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from xhead.engines import gram
+from xhead.engines import class_order, gram
 from xhead.engines.active_tiles import ActiveTiles
-from xhead.engines.operands import Operands, kernels
+from xhead.engines.operands import Operands, blocks_for, kernels
 from xhead.engines.problem import Problem, Results
 from xhead.engines.slices import Slices
 
@@ -76,29 +76,33 @@ def _recorded(problem: Problem, save: bool) -> bool:
 
 
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
-    """The rows' log-sum-exp and mean logit, the closed forms' moments, and the record of the tiles."""
-    device, rows = problem.hidden.device, problem.rows
-    across = -(-problem.vocabulary // kernels("blocks").blocks_for(problem.hidden.dtype, device).classes)
-    record = (across, rows) if _recorded(problem, save) else (0, 0)
+    """The rows' log-sum-exp and mean logit, the closed forms' moments, the record of the tiles and their classes."""
+    device, rows, recorded = problem.hidden.device, problem.rows, _recorded(problem, save)
+    across = -(-problem.vocabulary // blocks_for(problem).classes)
+    record = (across, rows) if recorded else (0, 0)
     return [
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
         *gram.empty_state(problem.having(problem.other_names), save),
         torch.empty(record, dtype=torch.float32, device=device),
         torch.empty(record, dtype=torch.float16, device=device),
+        torch.empty(problem.vocabulary if recorded else 0, dtype=torch.int32, device=device),
     ]
 
 
 def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
     results, moments = gram.forward(problem.having(problem.other_names), save)
     streaming = problem.having(problem.streamed_names)
-    lse, uniform_mean, *_, tile_lse, tile_peak = empty_state(problem, save)
+    lse, uniform_mean, *_, tile_lse, tile_peak, order = empty_state(problem, save)
     operands = Operands(streaming)
     found: Results = {}
     if operands.rows.count == 0:
         found = _nothing(streaming)
     elif _fused(problem, save):
-        found = _fused_statistics(streaming, operands, (tile_lse, tile_peak) if tile_lse.numel() else None)
+        record = None
+        if tile_lse.numel():
+            record = tile_lse, tile_peak, order.copy_(class_order.current(problem.vocabulary, order.device))
+        found = _fused_statistics(streaming, operands, record)
     else:
         found = Slices(streaming, operands).statistics()
     if operands.rows.count and "target" in streaming.names and operands.target is not None:
@@ -109,20 +113,23 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
     # Outputs of one operator must not share memory, so what is both a result and a state is copied.
     lse.copy_(whole["lse"])
     uniform_mean.copy_(whole.get("uniform_mean", lse))
-    return results, [lse, uniform_mean, *moments, tile_lse, tile_peak]
+    return results, [lse, uniform_mean, *moments, tile_lse, tile_peak, order]
 
 
-def _fused_statistics(problem: Problem, operands: Operands, record: tuple[Tensor, Tensor] | None) -> Results:
+def _fused_statistics(problem: Problem, operands: Operands, record: tuple[Tensor, Tensor, Tensor] | None) -> Results:
     lse, largest, argmax = kernels("row_statistics").row_statistics(
         operands.hidden,
         operands.weight,
         operands.bias,
+        None if record is None else record[2],
         operands.blocks,
         argmax="argmax" in problem.names,
         tile_lse=None if record is None else record[0],
         tile_peak=None if record is None else record[1],
         **operands.options,
     )
+    if record is not None:
+        class_order.learn(operands, lse)
     return {"lse": lse, "max": largest} | ({} if argmax is None else {"argmax": argmax})
 
 
@@ -140,7 +147,7 @@ def _nothing(problem: Problem) -> Results:
 def backward(
     problem: Problem, results: Results, state: list[Tensor], grads: Results, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    lse, uniform_mean, *moments, tile_lse, tile_peak = state
+    lse, uniform_mean, *moments, tile_lse, tile_peak, order = state
     closed_grads = {name: grad for name, grad in grads.items() if name in problem.other_names}
     closed_form = gram.ClosedFormGradient(problem.having(problem.other_names), moments, closed_grads)
     streaming = problem.having(problem.streamed_names)
@@ -160,7 +167,7 @@ def backward(
         tiles = None
         if tile_lse.numel() and _filtered(problem, upstream, needs):
             tiles = ActiveTiles(
-                streaming, operands, found["lse"], tile_lse[:, : rows.count], tile_peak[:, : rows.count]
+                streaming, operands, found["lse"], tile_lse[:, : rows.count], tile_peak[:, : rows.count], order
             )
         if tiles is not None and tiles.share <= DENSE_SHARE:
             tiles.add_gradients(upstream, found.get("target"), hidden_grad, weight_grad, bias_grad)

@@ -84,8 +84,8 @@ def decoupled_softmax_rows(logits: Any, labels: Tensor, config: DecoupledSoftmax
     s = (logits / config.temperature).statistics(
         "complement_lse", "column_logits", columns=sets.labels, **config.statistics_options()
     )
-    # softplus(c - s_y) as -logsigmoid(s_y - c): F.softplus is only its asymptote beyond 20.
-    each = -F.logsigmoid(s.column_logits - s.complement_lse.index_select(0, sets.row))
+    # With the usual threshold of 20, softplus is only its asymptote there, which float64 can tell.
+    each = F.softplus(s.complement_lse.index_select(0, sets.row) - s.column_logits, threshold=50)
     return over_positives(each, sets.row, sets.count, config.positives)
 
 

@@ -50,9 +50,15 @@ def apply(
             scale=bound.scale,
             softcap=bound.softcap,
         )
-        return _Apply.apply(hidden, weight, bias, problem, function)  # type: ignore[return-value]
+        return _applied(hidden, weight, bias, problem, function)  # type: ignore[call-arg]
 
     return logits.evaluate(compute)
+
+
+@torch.compiler.disable
+def _applied(*arguments: Any) -> tuple[Tensor, ...]:
+    # Their passes go by the sizes of the rows' sets: the graph breaks here, rather than being traced through them.
+    return _Apply.apply(*arguments)  # type: ignore[return-value]
 
 
 class _Apply(torch.autograd.Function):
