@@ -39,6 +39,7 @@ DEFAULTS = {
     "--vocab_size": "4096",
     "--hidden_size": "64",
     "--layers": "1",
+    "--tie_embeddings": "False",
     "--warmup_steps": "15",
     "--learning_rate": "3e-3",
     "--logging_steps": "50",
@@ -73,8 +74,8 @@ class CodebookOptions:
     variants: str = field(
         default="plain,frequent,bias,two codes", metadata={"help": f"With commas, of: {', '.join(VARIANTS)}."}
     )
-    steps: int = field(default=1000, metadata={"help": "Training steps from scratch."})
-    tuning_steps: int = field(default=300, metadata={"help": "Training steps of a codebook from the dense model."})
+    steps: int = field(default=800, metadata={"help": "Training steps from scratch."})
+    tuning_steps: int = field(default=200, metadata={"help": "Training steps of a codebook from the dense model."})
 
     def __post_init__(self) -> None:
         if not all(size.strip().isdecimal() and int(size) >= 4 for size in self.sizes.split(",")):
