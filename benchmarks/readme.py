@@ -20,6 +20,7 @@ from benchmarks.inputs import Softmax, describe
 from benchmarks.loss_table import loss_table
 from benchmarks.number_tokens import overhead_table
 from benchmarks.report import RESULTS, markdown_table
+from benchmarks.scaling import scaling_table
 from benchmarks.spherical import spherical_table
 from benchmarks.spherical_losses import table as spherical_losses_table
 from benchmarks.vq import vq_table
@@ -177,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forecasting.toy_dense": partial(forecasting_toy, "toy_dense"),
     "codebooks": codebooks,
     "losses": loss_table,
+    "scaling": scaling_table,
 }
 
 

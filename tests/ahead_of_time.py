@@ -124,6 +124,7 @@ def records(architecture: int):
             "tensor_core": TENSOR_CORE[architecture] in made.asm["ptx"] or not multiplies,
             "asynchronous_copies": made.asm["ptx"].count("cp.async"),
             "described_copies": made.asm["ptx"].count("cp.async.bulk.tensor"),
+            "specialised": bool(constants.get("SPECIALISED")),
             "specialised_warps": "ttg.warp_specialize" in made.asm["ttgir"],
             "spilled": spilled(made.asm["cubin"]),
             "shared": made.metadata.shared,

@@ -209,3 +209,20 @@ def _nothing():
     import contextlib
 
     return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(("names", "rows"), [(("lse", "column_logits"), 9), (("variance", "column_logits"), 2)])
+def test_fewer_entries_of_columns_than_rows(names, rows):
+    """Numbers an entry go beside numbers a row: by row mask, and where tiles cost less than the closed forms."""
+    found = []
+    for engine in ("chunked", "reference"):
+        case = Case(rows=rows, classes=31, size=19)
+        columns, mask = torch.full((rows, 2), -1), torch.arange(rows) >= rows // 2
+        columns[-1, 0] = 3
+        statistics = row_statistics(
+            case.hidden, case.weight, names, columns=columns, row_mask=mask, filter_eps=None, engine=engine
+        )
+        values = [getattr(statistics, name) for name in names]
+        found.append([*values, *torch.autograd.grad(sum(v.sum() for v in values), [case.hidden, case.weight])])
+    for chunked, reference in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, reference)

@@ -9,6 +9,7 @@ from xhead.patch import patch, status, unpatch
 from xhead.replacement import load
 from xhead.standin import MaterializedWarning
 from xhead.statistics import Statistics
+from xhead.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "LazyLogits",
     "MaterializedWarning",
     "Statistics",
+    "Vocabulary",
     "accumulate",
     "linear_cross_entropy",
     "list_heads",

@@ -1,5 +1,6 @@
 """What lazy logits answer without being built: the losses and log-probabilities that row statistics can give."""
 
+import re
 from typing import Any
 
 import torch
@@ -67,8 +68,9 @@ def _loss_rows(
     """Loss rows, their targets, and which rows they are (None: all, with 0 for a row that is left out)."""
     index = None
     loss = logits._record.loss or get_loss("cce")
-    if loss.ordered or torch.compiler.is_compiling() or target.device.type != "cpu":
+    if loss.ordered or torch.compiler.is_compiling() or target.device.type != "cpu" or logits._sharded:
         # Finding which rows count would make the host wait for the device; the engines are given the mask instead.
+        # Processes that share the classes send one another numbers of a size that does not depend on the labels.
         logits = logits._like()
         logits._row_mask = kept
         target = target.masked_fill(~kept, 0)
@@ -78,6 +80,10 @@ def _loss_rows(
 
     def compute(bound: LazyLogits) -> Tensor:
         labels = target.to(bound._terms[0].hidden.device)
+        vocabulary = bound._factors().vocabulary if bound._sharded else None
+        if vocabulary is not None:
+            described = re.sub(r" at 0x[0-9a-f]+", "", repr(loss))
+            vocabulary.exchange(f"loss {described}, with {', '.join(options) or 'no options'}")
         with torch.autocast(labels.device.type, enabled=False):
             rows = loss(bound, labels, **options)
         if not isinstance(rows, Tensor) or rows.shape != labels.shape:

@@ -5,58 +5,22 @@ A model's own code goes on as if it held logits: it slices rows, scales, caps, a
 builds the logits after all: slower, never wrong, and said once in a `MaterializedWarning`.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xhead import pointwise, replay
+from xhead.factors import Factors, Operands, Projection, Term, at_hand, join
 from xhead.pointwise import Steps
 from xhead.recording import Recording
 from xhead.shared_weight import rows_of
 from xhead.standin import Record
 from xhead.statistics import Statistics, check_range, row_statistics
-
-
-class Projection(Protocol):
-    """Where a weight and a bias come from. The weight is only ever touched inside `consume`."""
-
-    out_features: int
-
-    def consume(self, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
-        """`function(hidden, weight, bias)`, run where the weight can be read."""
-        ...
-
-    def trains(self) -> bool: ...
-
-
-class Factors:
-    """A projection whose weight and bias are at hand.
-
-    joined: it stands for a sum of projections, `[h1, h2] [W1, W2]'`, whose rows do not have that sum's norms.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, joined: bool = False):
-        self.weight, self.bias, self.joined = weight, bias, joined
-        self.out_features = weight.shape[0]
-
-    def consume(self, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
-        return function(hidden, self.weight, self.bias)
-
-    def trains(self) -> bool:
-        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-
-
-class Term(NamedTuple):
-    """One projection of a sum of projections: `factor * (hidden @ weight.T + bias)`."""
-
-    hidden: Tensor  # (..., D)
-    projection: Any
-    factor: float
+from xhead.vocabulary import Vocabulary, own_rows
 
 
 class LazyLogits(Recording):
@@ -68,6 +32,8 @@ class LazyLogits(Recording):
         bias: (V,) or None.
         softcap: a positive number, or None for no cap.
         scale: a number.
+        vocabulary: weight and bias are the rows of this process, of those that a group shares. A weight that is a
+            DTensor split along its rows says so itself. See docs/parallel.md.
 
     It has the shape (..., V) and answers the questions a tensor answers without its values. Products, sums and casts,
     `tanh`, reshapes that keep the last dimension, and slices give another `LazyLogits`. `F.cross_entropy`,
@@ -83,6 +49,7 @@ class LazyLogits(Recording):
         bias: Tensor | None = None,  # (V,)
         softcap: float | None = None,
         scale: float = 1.0,
+        vocabulary: Vocabulary | None = None,
     ):
         for name, tensor in (("hidden", hidden), ("weight", weight)):
             if not isinstance(tensor, Tensor):
@@ -102,11 +69,14 @@ class LazyLogits(Recording):
         steps: list[pointwise.Step] = [] if scale == 1 else [("mul", float(scale))]
         if softcap is not None:
             steps += [("div", float(softcap)), ("tanh", None), ("mul", float(softcap))]
-        self._start((Term(hidden, Factors(weight, bias), 1.0),), Record(), tuple(steps))
+        factors = Factors(*own_rows(weight, bias, vocabulary))
+        if factors.vocabulary is not None:
+            hidden = factors.vocabulary.enter(hidden)
+        self._start((Term(hidden, factors, 1.0),), Record(), tuple(steps))
 
     @classmethod
     def deferred(cls, hidden: Tensor, projection: Projection, record: Record) -> "LazyLogits":
-        """Logits of a projection whose weight can only be read inside `projection.consume`."""
+        """Logits of a projection whose weight can only be read inside `projection.consume`. hidden: as in `Term`"""
         logits = object.__new__(cls)
         logits._start((Term(hidden, projection, 1.0),), record, ())
         return logits
@@ -122,6 +92,7 @@ class LazyLogits(Recording):
         self._row_mask = None
         self._dense = None
         self._classes = terms[0].projection.out_features
+        self._sharded = getattr(terms[0].projection, "vocabulary", None) is not None
         self.device = hidden.device
         self._compute_dtype = hidden.dtype
         kind = hidden.device.type
@@ -146,6 +117,7 @@ class LazyLogits(Recording):
         self._row_mask = source._row_mask
         self._dense = source._dense
         self._classes = source._classes
+        self._sharded = source._sharded
         self.device = source.device
         self.dtype = source.dtype
         self._compute_dtype = source._compute_dtype
@@ -156,6 +128,7 @@ class LazyLogits(Recording):
     _terms: tuple[Term, ...]
     _columns: tuple[int, int] | None
     _row_mask: Tensor | None
+    _gathered: "LazyLogits | None" = None
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -170,17 +143,18 @@ class LazyLogits(Recording):
     @property
     def hidden(self) -> Tensor:
         """(..., D): the hidden states, where the logits are `cap(scale * (hidden @ weight.T + bias))` at hand."""
-        return self._at_hand().hidden
+        canonical, vocabulary = self._at_hand(), self._factors().vocabulary
+        return canonical.hidden if vocabulary is None else vocabulary.leave(canonical.hidden)
 
     @property
     def weight(self) -> Tensor:
-        """(V, D): the classifier."""
-        return self._factors().weight
+        """(V, D): the classifier. Where processes share its rows, they are gathered."""
+        return self.whole()._factors().weight
 
     @property
     def bias(self) -> Tensor | None:
         """(V,) or None."""
-        return self._at_hand().bias
+        return self.whole()._at_hand().bias
 
     @property
     def scale(self) -> float:
@@ -199,9 +173,36 @@ class LazyLogits(Recording):
             )
         return projection
 
-    def _at_hand(self) -> pointwise.Canonical:
+    def whole(self) -> "LazyLogits":
+        """The same logits with all rows of the weight at hand, for what is no row statistic.
+
+        Where processes share the rows, these are gathered, V x D numbers, and each process does the whole work.
+        """
         factors = self._factors()
-        canonical = pointwise.fold(self._steps, self._terms[0].hidden, factors.bias, self._classes)
+        if factors.vocabulary is None:
+            return self
+        if self._gathered is None:
+            hidden, weight, bias = factors.whole(self._terms[0].hidden, self._record)
+            self._gathered = self._like()
+            self._gathered._terms = (Term(hidden, Factors(weight, bias, joined=factors.joined), 1.0),)
+            self._gathered._sharded = False
+        return self._gathered
+
+    def _own_steps(self) -> Steps:
+        """The steps, for the classes of this process."""
+        vocabulary = self._factors().vocabulary
+        if vocabulary is None:
+            return self._steps
+        # A learned number has a part of its gradient in each process, as the hidden states have.
+        entered = ((n, vocabulary.enter(a) if isinstance(a, Tensor) and a.requires_grad else a) for n, a in self._steps)
+        return pointwise.of_classes(tuple(entered), vocabulary.own)
+
+    def _canonical(self) -> pointwise.Canonical:
+        factors = self._factors()
+        return pointwise.fold(self._own_steps(), self._terms[0].hidden, factors.bias, factors.weight.shape[0])
+
+    def _at_hand(self) -> pointwise.Canonical:
+        canonical = self._canonical()
         if canonical.rest:
             raise RuntimeError(
                 "these logits are not cap(scale * (hidden @ weight.T + bias)): after it come "
@@ -234,12 +235,21 @@ class LazyLogits(Recording):
         def compute(bound: LazyLogits) -> Tensor:
             hidden, factors = bound._terms[0].hidden, bound._factors()
             dtype = torch.promote_types(hidden.dtype, torch.float32)
-            index = classes.to(factors.weight.device)
-            steps = tuple(step for step in pointwise.of_classes(bound._steps, index) if step[0] != "cast")
+            index, vocabulary = classes.to(factors.weight.device), factors.vocabulary
+            held = index
+            if vocabulary is not None:
+                held = vocabulary.holds(index)
+                index = index[held] - vocabulary.start
+            steps = tuple(step for step in pointwise.of_classes(bound._own_steps(), index) if step[0] != "cast")
             with torch.autocast(hidden.device.type, enabled=False):
                 weight = rows_of(factors.weight, index).to(dtype)
                 bias = None if factors.bias is None else factors.bias[index].to(dtype)
-                return pointwise.replay(steps, F.linear(hidden.to(dtype), weight, bias))
+                found = pointwise.replay(steps, F.linear(hidden.to(dtype), weight, bias))
+                if vocabulary is None:
+                    return found
+                # Every class is held by one process, and 0 in the others.
+                everywhere = found.new_zeros(*found.shape[:-1], held.shape[0])
+                return vocabulary.sum(everywhere.index_copy(-1, held.nonzero().squeeze(1), found))
 
         return self.evaluate(compute).to(self.device)
 
@@ -260,47 +270,46 @@ class LazyLogits(Recording):
             return function(self._bind(gathered))
 
         def receive(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            return self._enter(terms[1:], (*gathered, (hidden, weight, bias, terms[0].factor)), function)
+            return self._enter(terms[1:], (*gathered, (hidden, weight, bias)), function)
 
         return terms[0].projection.consume(terms[0].hidden, receive)
 
-    def _bind(self, gathered: tuple) -> "LazyLogits":
-        """The same logits, as one projection at hand: a sum of projections is that of `[h1, h2] [W1, W2]'`."""
-        gathered = tuple(self._cast(*operands) for operands in gathered)
-        if len(gathered) == 1:
-            hidden, weight, bias, factor = gathered[0]
-            steps = self._steps if factor == 1 else (("mul", factor), *self._steps)
+    def _bind(self, gathered: tuple[Operands, ...]) -> "LazyLogits":
+        """The same logits, with the weight at hand."""
+        parts = [
+            self._cast(hidden, at_hand(term.projection, weight, bias))
+            for term, (hidden, weight, bias) in zip(self._terms, gathered, strict=True)
+        ]
+        factor = self._terms[0].factor
+        if len(parts) == 1:
+            hidden, factors = parts[0]
         else:
-            dtype = functools.reduce(torch.promote_types, [w.dtype for _, w, _, _ in gathered])
-            hidden = torch.cat([(h * factor).to(dtype) for h, _, _, factor in gathered], -1)
-            weight = torch.cat([w.to(dtype) for _, w, _, _ in gathered], 1)
-            biases = [b * factor for _, _, b, factor in gathered if b is not None]
-            bias = sum(biases[1:], biases[0]) if biases else None
-            steps = self._steps
+            scaled = [(term.factor, *part) for term, part in zip(self._terms, parts, strict=True)]
+            hidden, factors = join(scaled, self._record)
+            factor = 1
         if self._columns is not None:
-            start, stop = self._columns
-            weight, bias = weight[start:stop], None if bias is None else bias[start:stop]
+            factors = factors.narrow(*self._columns)
         if any(step == ("cast", torch.float64) for step in self._steps):
-            hidden, weight, bias = hidden.double(), weight.double(), None if bias is None else bias.double()
+            hidden, factors = hidden.double(), factors.to(torch.float64)
         bound = self._like()
-        joined = len(gathered) > 1 or getattr(self._terms[0].projection, "joined", False)
-        bound._terms = (Term(hidden, Factors(weight, bias, joined), 1.0),)
-        bound._steps = steps
+        bound._terms = (Term(hidden, factors, 1.0),)
+        bound._steps = self._steps if factor == 1 else (("mul", factor), *self._steps)
         bound._columns = None
+        bound._sharded = factors.vocabulary is not None
         bound._compute_dtype = hidden.dtype
         bound._autocast = False
         return bound
 
-    def _cast(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> tuple:
-        if self._autocast:
-            dtype = self._compute_dtype
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return hidden, weight, bias, factor
+    def _cast(self, hidden: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
+        if not self._autocast:
+            return hidden, factors
+        return hidden.to(self._compute_dtype), factors.to(self._compute_dtype)
 
     def _bound_statistics(self, names: tuple[str, ...], target: Tensor | None, options: dict[str, Any]) -> Statistics:
-        factors = self._factors()
-        canonical = pointwise.fold(self._steps, self._terms[0].hidden, factors.bias, self._classes)
+        factors, canonical = self._factors(), self._canonical()
+        if canonical.rest and factors.vocabulary is not None:
+            # What is applied to the logits may look at several classes.
+            return self.whole()._bound_statistics(names, target, options)
         if target is not None:
             target = target.to(canonical.hidden.device)
         options = {"row_mask": self._row_mask, **options, "target": target}
@@ -320,11 +329,13 @@ class LazyLogits(Recording):
                 bias=canonical.bias,
                 scale=canonical.scale,
                 softcap=canonical.softcap,
+                vocabulary=factors.vocabulary,
                 **options,
             )
 
     def _build(self) -> Tensor:
         def build(bound: LazyLogits) -> Tensor:
+            bound = bound.whole()
             factors = bound._factors()
             with torch.autocast(bound.device.type, enabled=False):
                 logits = F.linear(bound._terms[0].hidden, factors.weight, factors.bias)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from xhead.heads.base import DATA_PARALLEL, Head, is_replica
 from xhead.lazy import LazyLogits
 from xhead.standin import Record
+from xhead.vocabulary import Vocabulary, of_dtensor
 
 
 class HeadPatch:
@@ -53,15 +54,27 @@ class CutLinear(nn.Linear):
         patch = self.xhead_patch
         patch.entered = True
         if not (torch.is_grad_enabled() or patch.lazy_eval):
-            return super().forward(input)
+            return self._stock(input)
+        vocabulary = self.vocabulary
         for reason, found in (
-            ("DTensor weight", isinstance(self.weight, DTensor)),
+            ("DTensor weight", isinstance(self.weight, DTensor) and vocabulary is None),
             ("DataParallel", is_replica(self)),
         ):
             if found:
                 patch.record.count_materialized(reason, _STOCK[reason])
-                return super().forward(input)
-        return LazyLogits.deferred(input, self, patch.record)
+                return self._stock(input)
+        return LazyLogits.deferred(input if vocabulary is None else vocabulary.enter(input), self, patch.record)
+
+    def _stock(self, input: Tensor) -> Tensor:
+        forward = vars(self).get("xhead_stock_forward")  # what tensor parallelism has put around that of nn.Linear
+        return super().forward(input) if forward is None else forward(input)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """How processes share the rows of the weight, seen inside this module's call."""
+        if not isinstance(self.weight, DTensor) or torch.compiler.is_compiling() or _has_dtensor_hooks(self):
+            return None
+        return of_dtensor(self.weight)
 
     def consume(self, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
         """`function(hidden, weight, bias)`, inside this module's call."""
@@ -72,7 +85,8 @@ class CutLinear(nn.Linear):
 
 
 _STOCK = {
-    "DTensor weight": "the projection is split over devices (tensor parallel), and its logits are built as ever.",
+    "DTensor weight": "the projection is split over devices in a way that cannot be cut, so its logits are built as "
+    "ever; docs/parallel.md has the ways that can.",
     "DataParallel": DATA_PARALLEL,
 }
 
@@ -126,13 +140,16 @@ def check_linear(head: Any) -> None:
             )
         raise TypeError(f"the output projection is a {name}; xhead patches torch.nn.Linear, and {advice}")
     weight = head.weight
-    if not weight.is_floating_point() or not (type(weight) is nn.Parameter or isinstance(weight, DTensor)):
+    # A plain tensor is what FSDP puts in the parameter's place while the model runs.
+    plain = type(weight) in (nn.Parameter, Tensor) or isinstance(weight, DTensor)
+    if not weight.is_floating_point() or not plain:
         raise TypeError(
             f"the output projection's weight is a {type(weight).__name__} of {weight.dtype}; xhead patches a plain "
             "floating point weight: leave the output projection out of the quantisation"
         )
     forward = head.__dict__.get("forward")
-    if forward is not None and "_old_forward" not in head.__dict__ and _function(forward) not in _OWN_FORWARDS:
+    known = "_old_forward" in head.__dict__ or _function(forward) in _OWN_FORWARDS or is_tensor_parallel(forward)
+    if forward is not None and not known:
         raise ValueError(
             f"the output projection's forward has been replaced on the module itself, by {describe(forward)}; undo "
             "that, or patch the model before it is done"
@@ -150,6 +167,8 @@ def claim(linears: list[Any], patch: HeadPatch) -> None:
         if not isinstance(linear, (CutLinear, Head)):
             linear.__class__ = CutLinear
             _rebind(linear, CutLinear.forward)
+            if is_tensor_parallel(linear.__dict__.get("forward")):
+                linear.__dict__["xhead_stock_forward"] = linear.__dict__.pop("forward")
         if vars(linear).get("xhead_patch") is not patch:
             linear.xhead_patch = patch
 
@@ -161,6 +180,8 @@ def release(linears: list[CutLinear]) -> None:
         if type(linear) is CutLinear:
             linear.__class__ = nn.Linear  # type: ignore[assignment]
             _rebind(linear, nn.Linear.forward)
+            if "xhead_stock_forward" in vars(linear):
+                linear.__dict__["forward"] = linear.__dict__.pop("xhead_stock_forward")
 
 
 def _rebind(linear: nn.Linear, forward: Callable[..., Any]) -> None:
@@ -168,6 +189,29 @@ def _rebind(linear: nn.Linear, forward: Callable[..., Any]) -> None:
     for name in ("forward", "_old_forward"):
         if _function(linear.__dict__.get(name)) in _OWN_FORWARDS:
             linear.__dict__[name] = types.MethodType(forward, linear)
+
+
+def is_tensor_parallel(forward: Any) -> bool:
+    """Whether transformers has put this forward around that of a linear layer whose rows it has split over processes.
+
+    It turns the hidden states into a DTensor, calls the layer's own forward, and gathers the logits.
+    """
+    function = _function(forward)
+    if getattr(function, "__module__", None) not in _TENSOR_PARALLEL:
+        return False
+    around = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    style, inner = (around[name].cell_contents if name in around else None for name in ("self", "original_forward"))
+    whole = isinstance(getattr(style, "output_layouts", None), Replicate)
+    return type(style).__name__ == "ColwiseParallel" and whole and _function(inner) in _OWN_FORWARDS
+
+
+_TENSOR_PARALLEL = ("transformers.distributed.tensor_parallel", "transformers.integrations.tensor_parallel")
+
+
+def _has_dtensor_hooks(linear: nn.Module) -> bool:
+    """Whether hooks of `torch.distributed.tensor.parallel` expect a DTensor of logits from the layer."""
+    hooks = linear._forward_hooks.values()
+    return any(getattr(hook, "__qualname__", "").startswith("distribute_module.") for hook in hooks)
 
 
 def cut_layers(model: nn.Module) -> list[Any]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xhead import autograd
+from xhead import autograd, sharded
 from xhead.engines.problem import STATISTICS, FilterOptions, Problem
 from xhead.engines.summands import SUMMANDS
+from xhead.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def row_statistics(
     filter_weight_grad: bool = True,
     engine: str = "auto",
     transform: Callable[[Tensor], Tensor] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Statistics:
     """Statistics of each row of `o = cap(scale * (hidden @ weight.T + bias))`, with `p = softmax(o)` along the row.
 
@@ -93,6 +95,9 @@ def row_statistics(
         filter_hidden_grad, filter_weight_grad: False keeps that gradient exact.
         engine: `"auto"`, or one of `xhead.engines.names()`.
         transform: a differentiable function of the capped logits (N, V), which are built for it: N x V memory.
+        vocabulary: `weight` and `bias` are the rows that this process holds of those that a group shares, `hidden` is
+            what `vocabulary.enter` gave, and all else is of all V classes and the same in every process, as the
+            statistics are.
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit together, in the words of the tensors concerned.
@@ -102,23 +107,32 @@ def row_statistics(
     Source: cut cross-entropy (arXiv 2411.09009) for `lse` and the filter; the rest in docs/design.md.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_inputs(hidden, weight, bias)
+    classes = weight.shape[0]
+    if vocabulary is not None:
+        classes = vocabulary.classes
+        asked = (
+            f"{', '.join(names)}; scale={scale}, softcap={softcap}, pointwise={pointwise}{pointwise_parameters}, "
+            f"filter_eps={filter_eps}, compensate={compensate}, filter_hidden_grad={filter_hidden_grad}, "
+            f"filter_weight_grad={filter_weight_grad}, engine={engine}, mean_weight={mean_weight is not None}"
+        )
+        vocabulary.agree(hidden, weight, bias, asked)
+    _check_inputs(hidden, weight, bias, classes)
     rows_shape = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
     _check_names(names, target=target, values=values, columns=columns, pointwise=pointwise)
     _check_pointwise(pointwise, pointwise_parameters)
-    target = _flat_target(target, rows_shape, weight, row_mask)
-    sets = (None, None) if columns is None else compressed_columns(columns, rows_shape, weight.shape[0])
+    target = _flat_target(target, rows_shape, classes, row_mask)
+    sets = (None, None) if columns is None else compressed_columns(columns, rows_shape, classes)
     problem = Problem(
         hidden=flat,
         weight=weight,
         names=tuple(dict.fromkeys(names)),
         bias=bias,
         target=target,
-        values=_flat_values(values, weight),
+        values=_flat_values(values, classes),
         row_offsets=sets[0],
         columns=sets[1],
-        mean_weight=_class_vector("mean_weight", mean_weight, weight),
+        mean_weight=_class_vector("mean_weight", mean_weight, classes),
         pointwise=pointwise,
         pointwise_parameters=tuple(float(parameter) for parameter in pointwise_parameters),
         row_mask=None if row_mask is None else row_mask.reshape(-1),
@@ -129,7 +143,10 @@ def row_statistics(
             filter_threshold(filter_eps, hidden.dtype), compensate, filter_hidden_grad, filter_weight_grad
         ),
     )
-    results = autograd.statistics(problem, engine)
+    if vocabulary is None:
+        results = autograd.statistics(problem, engine)
+    else:
+        results = sharded.statistics(problem, engine, vocabulary)
     shaped = {}
     for name, value in results.items():
         if name == "column_logits":
@@ -161,7 +178,7 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: int) -> None:
     if weight.ndim != 2:
         raise RuntimeError(f"weight must be 2-D (V, D), got shape {tuple(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -176,16 +193,14 @@ def _check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if hidden.device != weight.device:
         raise RuntimeError(f"hidden and weight must be on one device, got {hidden.device} and {weight.device}")
-    if weight.shape[0] == 0:
+    if classes == 0:
         raise RuntimeError("weight has no rows: at least one class is needed")
-    _class_vector("bias", bias, weight)
+    _class_vector("bias", bias, weight.shape[0])
 
 
-def _class_vector(name: str, vector: Tensor | None, weight: Tensor) -> Tensor | None:
-    if vector is not None and vector.shape != weight.shape[:1]:
-        raise RuntimeError(
-            f"{name} must have shape ({weight.shape[0]},), one number a class, got {tuple(vector.shape)}"
-        )
+def _class_vector(name: str, vector: Tensor | None, classes: int) -> Tensor | None:
+    if vector is not None and vector.shape != (classes,):
+        raise RuntimeError(f"{name} must have shape ({classes},), one number a class, got {tuple(vector.shape)}")
     return vector
 
 
@@ -229,12 +244,9 @@ def _check_pointwise(pointwise: str | None, parameters: tuple[float, ...]) -> No
         )
 
 
-def _flat_target(
-    target: Tensor | None, rows_shape: torch.Size, weight: Tensor, row_mask: Tensor | None
-) -> Tensor | None:
+def _flat_target(target: Tensor | None, rows_shape: torch.Size, classes: int, row_mask: Tensor | None) -> Tensor | None:
     if target is None:
         return None
-    classes = weight.shape[0]
     if target.is_floating_point():
         if target.shape != (*rows_shape, classes):
             raise RuntimeError(
@@ -267,11 +279,11 @@ def check_range(name: str, index: Tensor, classes: int) -> None:
         )
 
 
-def _flat_values(values: Tensor | None, weight: Tensor) -> Tensor | None:
+def _flat_values(values: Tensor | None, classes: int) -> Tensor | None:
     if values is None:
         return None
-    if values.ndim not in (1, 2) or values.shape[0] != weight.shape[0]:
-        raise RuntimeError(f"values must be ({weight.shape[0]},) or ({weight.shape[0]}, M), got {tuple(values.shape)}")
+    if values.ndim not in (1, 2) or values.shape[0] != classes:
+        raise RuntimeError(f"values must be ({classes},) or ({classes}, M), got {tuple(values.shape)}")
     if values.requires_grad:
         raise RuntimeError("values must not require a gradient: expectation is differentiated for the logits only")
     return values.reshape(values.shape[0], -1)

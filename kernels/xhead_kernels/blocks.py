@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 
 class Blocks(NamedTuple):
@@ -51,7 +52,8 @@ def blocks_of(dtype: torch.dtype, major: int, *, capped: bool) -> Blocks:
         return Blocks(classes=128 if capped else 256, described=True)
     # Where shared memory is small, as it is on cards with displays, a step of the product is too.
     large = major in (10, 11)
-    return Blocks(128, 128, 64 if large else 32, stages=4, described=large, specialised=large)
+    return Blocks(128, 128, 64 if large else 32, stages=4, described=large, specialised=large and _SPECIALISES)
 
 
 _NEWEST = 10  # stands in where there is no GPU
+_SPECIALISES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)  # 3.6 cannot compile it

@@ -24,7 +24,7 @@ def eligible(problem: Problem) -> bool:
 def _split(problem: Problem) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names that tiles give, and those left to the closed forms: none where tiles alone cost less."""
     if gram.eligible(problem) and not gram.cheaper(problem):
-        closed = tuple(name for name in problem.names if name == "subset_lse")
+        closed = tuple(name for name in problem.names if name in ("subset_lse", "column_logits"))
         return tuple(name for name in problem.names if name not in closed), closed
     return problem.streamed_names, problem.other_names
 
@@ -104,7 +104,7 @@ def backward(
     problem: Problem, results: Results, state: list[Tensor], grads: Results, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     streamed, closed = _split(problem)
-    known = dict(zip(_STATE, state[:2], strict=True)) | results
+    known = dict(zip(_STATE, state[:2], strict=True)) | {name: results[name] for name in streamed}
     moments, skipped = state[2:5], skipping.restore(state[5:])
     streaming = problem.having(streamed)
     rows = Rows(streaming)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import xhead.answers  # noqa: F401  what lazy logits can answer is inherited when a class is made
 from xhead import pointwise
-from xhead.lazy import LazyLogits, Term
+from xhead.factors import Term
+from xhead.lazy import LazyLogits
 
 DATA_PARALLEL = (
     "it gathers the outputs of each GPU, so they are built as ever. Start one process a GPU instead, with "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xhead.losses import register
-from xhead.losses.cosines import CosineConfig, cosines
+from xhead.losses.cosines import CosineConfig, Cosines, check_draws, cosines
 from xhead.losses.margins import add_angle, check_margin, margin_rows, turn_angle
 from xhead.losses.vectors import check_positive
 
@@ -158,4 +158,8 @@ def elasticface(
             margin = torch.empty_like(margin).scatter_(0, from_largest, margin.sort().values)
         return add_angle(cosine, margin) if config.kind == "arc" else cosine - margin
 
-    return margin_rows(logits, config, lambda bound: cosines(bound, labels, config), with_margin)
+    def compare(bound: Any) -> Cosines:
+        check_draws(bound, config)
+        return cosines(bound, labels, config)
+
+    return margin_rows(logits, config, compare, with_margin)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xhead.lazy import Factors, LazyLogits
+from xhead.factors import Factors
+from xhead.lazy import LazyLogits
 from xhead.shared_weight import shared
 from xhead.statistics import Statistics
 
@@ -106,7 +107,7 @@ class SharedLogits(LazyLogits):
         logits._copy(bound)
         logits._lse_by_options = {}
         factors = bound._factors()
-        together = Factors(shared(factors.weight), factors.bias, factors.joined)
+        together = Factors(shared(factors.weight), factors.bias, factors.vocabulary, factors.joined)
         logits._terms = (bound._terms[0]._replace(projection=together),)
         return logits
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xhead.factors import Factors
 from xhead.lazy import LazyLogits
 from xhead.losses.vectors import check_positive, in_row_blocks, unit
 from xhead.statistics import check_range
@@ -72,29 +73,42 @@ def unit_logits(
     Raises ValueError for logits with a bias, a softcap or a scale that is not positive, and for those of a projection
     with a low-rank adapter on it, whose sum's norms are not at hand.
     """
-    if bound._factors().joined:
+    canonical, factors = bound._at_hand(), bound._factors()
+    if factors.joined:
         raise ValueError(
             "margin losses normalise the rows of the weight, and these logits are a sum of projections (a low-rank "
             'adapter on the output projection); train it whole (PEFT: modules_to_save=["lm_head"]) or leave it frozen'
         )
-    if bound.bias is not None or bound.softcap is not None or not bound.scale > 0:
-        bias = None if bound.bias is None else tuple(bound.bias.shape)
+    if canonical.bias is not None or canonical.softcap is not None or not canonical.scale > 0:
+        bias = None if canonical.bias is None else tuple(canonical.bias.shape)
         raise ValueError(
             "margin losses compare directions: they need logits `scale * hidden @ weight.T` with a positive scale, no "
-            f"bias and no softcap, got scale={bound.scale}, a bias of shape {bias} and softcap={bound.softcap}; "
-            "make the output projection with bias=False and without a softcap"
+            f"bias and no softcap, got scale={canonical.scale}, a bias of shape {bias} and "
+            f"softcap={canonical.softcap}; make the output projection with bias=False and without a softcap"
         )
-    weight = bound.weight
-    if weight.shape[0] % per_class:
-        raise ValueError(f"sub_centers={per_class} rows a class do not divide the {weight.shape[0]} rows of the weight")
-    classes = weight.shape[0] // per_class
+    rows = factors.out_features
+    if rows % per_class:
+        raise ValueError(f"sub_centers={per_class} rows a class do not divide the {rows} rows of the weight")
+    classes = rows // per_class
     check_range("target", labels, classes)
     if config.class_sample < 1:
+        check_draws(bound, config)
         chosen, labels = _sample_classes(labels, classes, config)
-        weight = weight.unflatten(0, (classes, per_class)).index_select(0, chosen).flatten(0, 1)
-    logits = LazyLogits(unit(bound.hidden), unit(weight), scale=config.scale)
+        places = torch.arange(per_class, device=chosen.device)
+        factors = factors.select((chosen[:, None] * per_class + places).flatten())
+    factors = Factors(unit(factors.weight), None, factors.vocabulary)
+    logits = LazyLogits.deferred(unit(canonical.hidden), factors, bound._record) * config.scale
     logits._row_mask = bound._row_mask
     return logits, labels
+
+
+def check_draws(bound: LazyLogits, config: CosineConfig) -> None:
+    """Raise ValueError where processes that share the classes would draw numbers of their own."""
+    if bound._sharded and config.seed is None:
+        raise ValueError(
+            "processes that share a vocabulary must draw the same random numbers for their loss: give it a seed, such "
+            "as seed=0"
+        )
 
 
 def _sample_classes(labels: Tensor, classes: int, config: CosineConfig) -> tuple[Tensor, Tensor]:

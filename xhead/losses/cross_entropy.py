@@ -13,6 +13,7 @@ from torch import Tensor
 from xhead.losses import register
 from xhead.losses.config import FilterConfig
 from xhead.statistics import Statistics, row_statistics
+from xhead.vocabulary import Vocabulary, own_rows
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def linear_cross_entropy(
     filter_hidden_grad: bool = True,
     filter_weight_grad: bool = True,
     engine: str = "auto",
+    vocabulary: Vocabulary | None = None,
 ) -> Any:
     """Cross-entropy of logits `o = cap(scale * (hidden @ weight.T + bias))` that are never built.
 
@@ -91,6 +93,8 @@ def linear_cross_entropy(
         return_lse: also return lse, shaped as the rows, differentiable, 0 where ignored.
         return_accuracy: also return the share of the rows that count whose largest logit is the target's.
         filter_eps, compensate, filter_hidden_grad, filter_weight_grad, engine: see `xhead.LazyLogits.statistics`.
+        vocabulary: weight and bias are the rows of this process, of those that a group shares; all else is the same in
+            every process, and of all classes. A weight that is a DTensor split along its rows says so itself.
 
     Returns:
         The loss in float32 (float64 for float64 input); or (loss, lse), (loss, accuracy) or (loss, lse, accuracy).
@@ -103,7 +107,11 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{reduction} is not a valid value for reduction; allowed are "mean", "sum" and "none"')
     _check_smoothing(label_smoothing)
+    weight, bias, vocabulary = own_rows(weight, bias, vocabulary)
     classes = weight.shape[0] if weight.ndim else 0
+    if vocabulary is not None:
+        classes = vocabulary.classes
+        hidden = vocabulary.enter(hidden)
     _check_class_weight(class_weight, classes)
     soft = target.is_floating_point()
     mask = None
@@ -128,6 +136,7 @@ def linear_cross_entropy(
         filter_hidden_grad=filter_hidden_grad,
         filter_weight_grad=filter_weight_grad,
         engine=engine,
+        vocabulary=vocabulary,
     )
     labels = weighted_target if mask is None else target.long().masked_fill(~mask, 0)
     main, penalty = _rows(statistics, labels, classes, class_weight, label_smoothing, lse_penalty)

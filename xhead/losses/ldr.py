@@ -125,7 +125,7 @@ def adaptive_label_distribution_rows(
 
 def _temperatures(scaled: RowScaled, labels: Tensor, config: AdaptiveLabelDistributionConfig) -> Tensor:
     """The temperature of each row: (n,)."""
-    uniform = math.log(scaled.weight.shape[0])
+    uniform = math.log(scaled.classes)
     dtype = torch.promote_types(scaled.hidden.dtype, torch.float32)
     t = torch.full(labels.shape, float(config.temperature), dtype=dtype, device=labels.device)
     # Which rows still move is not known to a compiled graph, which takes all steps with all rows.

@@ -129,6 +129,7 @@ def _cross_entropy_and_normalized_focal(logits: Any, labels: Tensor, gamma: floa
     """`-log p_y` and `f(p_y) / sum_k f(p_k)`, each (n,)."""
 
     def rows(bound: LazyLogits) -> Tensor:
+        bound = bound.whole()
         hidden, factors = bound._terms[0].hidden, bound._factors()
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         steps = tuple(step for step in bound._steps if step[0] != "cast")

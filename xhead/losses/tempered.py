@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xhead.factors import Factors
 from xhead.lazy import LazyLogits
 
 
@@ -21,17 +22,23 @@ class RowScaled:
                 f"{loss} needs logits that are linear in the hidden states, got softcap={canonical.softcap}, which "
                 "bounds them already; turn the model's softcap off, or use another loss"
             )
-        self.hidden, self.weight, self.scale = canonical.hidden, bound.weight, canonical.scale
-        self.row_mask = bound.row_mask
+        factors = bound._factors()
+        self.hidden, weight, self.scale = canonical.hidden, factors.weight, canonical.scale
+        self.row_mask, self._record = bound.row_mask, bound._record
         if canonical.bias is not None:
             self.hidden = torch.cat([self.hidden, torch.ones_like(self.hidden[..., :1])], -1)
-            self.weight = torch.cat([self.weight, canonical.bias[:, None].to(self.weight.dtype)], 1)
+            weight = torch.cat([weight, canonical.bias[:, None].to(weight.dtype)], 1)
+        self._factors = Factors(weight, None, factors.vocabulary, factors.joined)
+        self.classes = self._factors.out_features
 
     def times(self, factor: Tensor, rows: Tensor | None = None) -> LazyLogits:
         """factor: (n,) -> logits (n, V); with rows, indices (m,), of those alone: factor (m,) -> (m, V)."""
         hidden, mask = self.hidden, self.row_mask
         if rows is not None:
             hidden, mask = hidden[rows], None if mask is None else mask[rows]
-        scaled = LazyLogits(hidden * factor[..., None].to(hidden.dtype), self.weight, scale=self.scale)
+        vocabulary = self._factors.vocabulary
+        if vocabulary is not None:
+            factor = vocabulary.enter(factor)
+        scaled = LazyLogits.deferred(hidden * factor[..., None].to(hidden.dtype), self._factors, self._record)
         scaled._row_mask = mask
-        return scaled
+        return scaled if self.scale == 1 else scaled * self.scale

@@ -1,0 +1,58 @@
+"""The same function in several processes that can talk to one another, and what they say counted."""
+
+import datetime
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 60
+"""Seconds that a process waits for the others in a collective."""
+
+
+def in_processes(function, ranks, folder, *arguments):
+    """`function(rank, *arguments)` in each of so many processes of one gloo group."""
+    context = torch.multiprocessing.spawn(
+        _run, args=(function, ranks, str(folder), arguments), nprocs=ranks, join=False
+    )
+    while not context.join(timeout=120):
+        pass
+
+
+def _run(rank, function, ranks, folder, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
+    )
+    try:
+        function(rank, *arguments)
+        # A process that leaves while another still sends takes its threads away under it.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_COLLECTIVES = ("all_reduce", GATHER, "all_gather_object", "broadcast")
+
+
+@contextmanager
+def counted():
+    """The collectives asked for inside the block, by name: a list of (name, bytes of this process's part)."""
+    calls = []
+
+    def counting(name, collective):
+        def call(*args, **kwargs):
+            own = args[1] if name == GATHER else args[0]
+            calls.append((name, own.nbytes if isinstance(own, torch.Tensor) else 0))
+            return collective(*args, **kwargs)
+
+        return call
+
+    with mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in _COLLECTIVES}):
+        yield calls

@@ -1,0 +1,128 @@
+"""A patched model in two processes against one: FSDP1, FSDP2 resharded, split sequences, and the Trainer."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+
+import xhead
+from tests.dense import relative_error
+from tests.processes import in_processes
+from tests.test_trainer import train
+from tests.tiny import tiny, tokens, twins
+from xhead.projection import CutLinear
+
+RANKS = 2
+
+
+def _full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _fsdp1(model, mesh, **options):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True, **options)
+
+
+def _fsdp2(model, mesh, apart=False, **options):
+    if apart:
+        fully_shard(model.lm_head, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+WRAPPERS = {
+    "FSDP1": _fsdp1,
+    "FSDP2, resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=True),
+    "FSDP2, not resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=False),
+    "FSDP2, head apart, not resharded": lambda m, mesh: _fsdp2(m, mesh, True, reshard_after_forward=False),
+}
+
+
+def _gradients(model):
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): None if each.grad is None else each.grad.clone()
+                for name, each in model.named_parameters()
+            }
+    return {name: None if each.grad is None else _full(each.grad) for name, each in model.named_parameters()}
+
+
+def _wrap(rank):
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for tied in (False, True):
+        for name, wrap in WRAPPERS.items():
+            if tied and "apart" in name:
+                continue
+            plain, model = twins("LlamaForCausalLM", tie_word_embeddings=tied)
+            wrapped = wrap(xhead.patch(model), mesh)
+            for micro_batch in range(2):  # accumulated
+                for seed in range(RANKS):
+                    (plain(**tokens(seed=RANKS * micro_batch + seed)).loss / RANKS).backward()
+                wrapped(**tokens(seed=RANKS * micro_batch + rank)).loss.backward()
+            found = _gradients(wrapped)
+            for key, parameter in plain.named_parameters():
+                assert relative_error(found[key], parameter.grad) <= 1e-5, (name, key)
+            status = xhead.status(model)
+            assert (status.cut, status.materialized) == (2, 0), (name, status)
+
+
+def _wrap_head_alone_in_fsdp1():
+    model = xhead.patch(tiny("LlamaForCausalLM", tie_word_embeddings=False))
+    wrapped = _fsdp1(model, None, auto_wrap_policy=ModuleWrapPolicy({CutLinear}))
+    with pytest.raises(RuntimeError, match="the output projection is a .*FullyShardedDataParallel"):
+        wrapped(**tokens())
+
+
+def _split_sequences(rank):
+    """Context parallel: each process has half of every sequence, and labels that were shifted before the split."""
+    plain, model = twins("LlamaForCausalLM", num_hidden_layers=0)  # no attention, which would look across the halves
+    batch = tokens()
+    shifted = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    count = (shifted != -100).sum()
+    expected = plain(**batch, num_items_in_batch=count).loss
+    expected.backward()
+    half = slice(6 * rank, 6 * rank + 6)
+    own = {name: each[:, half].contiguous() for name, each in batch.items()}
+    loss = xhead.patch(model)(**own, shift_labels=shifted[:, half].contiguous(), num_items_in_batch=count).loss
+    loss.backward()
+    for each in (loss.detach(), *(parameter.grad for parameter in model.parameters())):
+        dist.all_reduce(each)
+    assert relative_error(loss, expected) <= 1e-5
+    for (name, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert relative_error(ours.grad, theirs.grad) <= 1e-5, name
+    assert xhead.status(model).materialized == 0
+
+
+def _train(rank, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+    model = xhead.patch(tiny("LlamaForCausalLM").eval())
+    _, curve = train(
+        model, folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, average_tokens_across_devices=True
+    )
+    if rank == 0:
+        torch.save((curve, model.state_dict()), f"{folder}/trained.pt")
+
+
+def _both(rank, folder):
+    _wrap(rank)
+    _wrap_head_alone_in_fsdp1()
+    _split_sequences(rank)
+    _train(rank, folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes(tmp_path):
+    """The Trainer's two processes of two rows a micro-batch are one of four, whose rows count different tokens."""
+    in_processes(_both, RANKS, tmp_path, str(tmp_path))
+    curve, trained = torch.load(tmp_path / "trained.pt")
+    model = xhead.patch(tiny("LlamaForCausalLM").eval())
+    _, expected = train(model, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    torch.testing.assert_close(curve, expected, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-3, atol=1e-4)
