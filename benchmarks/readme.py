@@ -29,6 +29,7 @@ from recipes.extreme_classification.compare import table as extreme_table
 from recipes.forecasting.report import table as forecasting_table
 from recipes.forecasting.toy_report import toy_table
 from recipes.one_billion_word.codebooks import codebook_table
+from recipes.one_billion_word.ranking import comparison
 
 ROOT = Path(__file__).parent.parent
 FORECASTING = ROOT / "recipes" / "forecasting"
@@ -163,6 +164,10 @@ def extreme_classification() -> str:
     return f"{extreme_about(record)}.\n\n```\n{extreme_table(record)}```"
 
 
+def ranking() -> str:
+    return comparison(json.loads((ONE_BILLION_WORD / "results" / "ranking.json").read_text())).rstrip()
+
+
 def codebooks() -> str:
     return codebook_table(json.loads((ONE_BILLION_WORD / "results" / "codebooks.json").read_text())).rstrip()
 
@@ -186,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "extreme_classification": extreme_classification,
     "forecasting.toy_dense": partial(forecasting_toy, "toy_dense"),
     "codebooks": codebooks,
+    "ranking": ranking,
     "losses": loss_table,
     "scaling": scaling_table,
 }
@@ -208,7 +214,8 @@ def rendered(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), FORECASTING / "README.md", EXTREME / "README.md"]
+    recipes = [folder / "README.md" for folder in (FORECASTING, EXTREME, ONE_BILLION_WORD)]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *recipes]
 
 
 def main() -> None:
