@@ -18,7 +18,7 @@ from recipes.extreme_classification.evaluation import measure, ranks_needed, wri
 from recipes.extreme_classification.neural.encoders import make_encoder, make_tokenizer, tokenize
 from recipes.extreme_classification.neural.model import DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.options import NeuralOptions
-from recipes.extreme_classification.neural.training import BEST, Documents, Training, predict
+from recipes.extreme_classification.neural.training import BEST, LAST, Documents, Training, predict
 from recipes.one_billion_word.errors import RecipeError
 from xhead.retrieval import topk
 
@@ -49,7 +49,7 @@ def run_model(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -
     folder.mkdir(parents=True, exist_ok=True)
     label_texts = train.label_texts
     kept = folder / "tokenizer"
-    if options.resume and kept.is_dir():  # a tokenizer trained again may number its tokens otherwise
+    if options.resume and (folder / LAST).is_file():  # a tokenizer trained again may number its tokens otherwise
         tokenizer = AutoTokenizer.from_pretrained(kept)
     else:
         tokenizer = make_tokenizer(options, [*train.texts, *(label_texts or ())])

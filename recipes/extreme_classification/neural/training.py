@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from recipes.extreme_classification.neural.model import DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.options import NeuralOptions
+from recipes.one_billion_word.checkpoints import written_aside
 from recipes.one_billion_word.errors import RecipeError
 from xhead.heads import InPlaceClassifier
 from xhead.heads.label_batches import candidates, clustered_batches, hard_negatives, random_negatives
@@ -83,7 +83,8 @@ class Training:
             self.waited += 1
             if quality > self.best:
                 self.best, self.waited = quality, 0
-                save_model(self.model, str(self.folder / BEST))
+                with written_aside(self.folder / BEST) as path:
+                    save_model(self.model, str(path))
             self._save()
         load_model(self.model, str(self.folder / BEST))
 
@@ -158,9 +159,8 @@ class Training:
             "progress": (self.epoch, self.best, self.waited, self.history),
             "random": (torch.get_rng_state(), self.generator.get_state()),
         }
-        temporary = self.folder / (LAST + ".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.folder / LAST)
+        with written_aside(self.folder / LAST) as path:
+            torch.save(state, path)
 
     def _load(self) -> None:
         state = torch.load(self.folder / LAST, weights_only=True)
