@@ -72,3 +72,16 @@ def start(function, *arguments):
 def _alone(function, arguments):
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def in_forks(function, ranks, folder, *arguments):
+    """As `in_processes`, started faster, and ended without taking the interpreter down."""
+    processes = [start(_run, rank, function, ranks, str(folder), arguments) for rank in range(ranks)]
+    try:
+        for process in processes:
+            process.join(timeout=120)
+        assert [process.exitcode for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
