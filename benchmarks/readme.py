@@ -7,6 +7,7 @@ A page marks a table with `<!-- measured: NAME -->`, or `listed` where it comes 
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.class_order import order_table
@@ -23,11 +24,16 @@ from benchmarks.scaling import scaling_table
 from benchmarks.spherical import spherical_table
 from benchmarks.spherical_losses import table as spherical_losses_table
 from benchmarks.vq import vq_table
+from recipes.extreme_classification.compare import about as extreme_about
+from recipes.extreme_classification.compare import table as extreme_table
 from recipes.forecasting.report import table as forecasting_table
 from recipes.forecasting.toy_report import toy_table
+from recipes.one_billion_word.codebooks import codebook_table
 
 ROOT = Path(__file__).parent.parent
 FORECASTING = ROOT / "recipes" / "forecasting"
+EXTREME = ROOT / "recipes" / "extreme_classification"
+ONE_BILLION_WORD = ROOT / "recipes" / "one_billion_word"
 BLOCK = re.compile(r"(<!-- (?:measured|listed): (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -142,11 +148,23 @@ def forecasting() -> str:
     return f"{about}\n\n```\n{forecasting_table(record['runs'])}```"
 
 
-def forecasting_toy() -> str:
-    record = json.loads((FORECASTING / "results" / "toy.json").read_text())
+def forecasting_toy(name: str = "toy") -> str:
+    record = json.loads((FORECASTING / "results" / f"{name}.json").read_text())
     options = record["options"]
-    about = f"{options['samples']:,} samples, {options['epochs']} epochs, torch {record['torch']}."
+    about = (
+        f"{options['samples']:,} samples, {options['epochs']} epochs, learning rate {options['learning_rate']:g}, "
+        f"{options['schedule']}; torch {record['torch']}."
+    )
     return f"{about}\n\n```\n{toy_table(record)}```"
+
+
+def extreme_classification() -> str:
+    record = json.loads((EXTREME / "results" / "results.json").read_text())
+    return f"{extreme_about(record)}.\n\n```\n{extreme_table(record)}```"
+
+
+def codebooks() -> str:
+    return codebook_table(json.loads((ONE_BILLION_WORD / "results" / "codebooks.json").read_text())).rstrip()
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -165,6 +183,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fourier": fourier,
     "forecasting": forecasting,
     "forecasting.toy": forecasting_toy,
+    "extreme_classification": extreme_classification,
+    "forecasting.toy_dense": partial(forecasting_toy, "toy_dense"),
+    "codebooks": codebooks,
     "losses": loss_table,
     "scaling": scaling_table,
 }
@@ -187,7 +208,7 @@ def rendered(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), FORECASTING / "README.md"]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), FORECASTING / "README.md", EXTREME / "README.md"]
 
 
 def main() -> None:

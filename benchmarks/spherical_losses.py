@@ -82,10 +82,8 @@ def measure_rows(rows: int, options: argparse.Namespace) -> list[dict[str, objec
         GRAM: step.gram,
         SHARED.format(count=count): step.accumulated,
     }
-    print(f"  N {rows:,}", flush=True)
-    timings = measure.time_interleaved(
-        ways, repeats=options.repeats, report=lambda line: print(f"  {line}", flush=True)
-    )
+    progress(f"N {rows:,}")
+    timings = measure.time_interleaved(ways, repeats=options.repeats, report=progress)
     step.dense()
     exact = step.gradients()
     records: list[dict[str, object]] = []

@@ -23,12 +23,17 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (hidden, labels) -> mean loss
 
 
 def heads(classes: int, width: int, codes: int) -> dict[str, VQHead]:
-    """Codebooks by name, with a mapping at random."""
+    """Codebooks by name, with a mapping at random; the last has as many rows in two."""
     found = {}
     for token_bias in ("none", "frequency", "learned"):
         head = VQHead(width, classes, VQConfig(codes, start="random", token_bias=token_bias))
         head.remap(torch.randperm(classes) % codes)
         found[f"K = {codes:,}, bias {token_bias}"] = head
+    half = codes // 2
+    pairs = VQHead(width, classes, VQConfig(half, start="random", token_bias="frequency", residual_size=half))
+    cells = torch.randperm(classes)
+    pairs.remap(cells % half, cells // half % half)
+    found[f"K = {half:,} and S = {half:,}, bias frequency"] = pairs
     return found
 
 

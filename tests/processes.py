@@ -1,11 +1,16 @@
 """The same function in several processes that can talk to one another, and what they say counted."""
 
 import datetime
+import multiprocessing
+import os
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+# One process imports what takes seconds, and all others are forked from it.
+multiprocessing.set_forkserver_preload(["xhead.trainer", "tests.tiny"])
 
 TIMEOUT = 60
 """Seconds that a process waits for the others in a collective."""
@@ -13,15 +18,20 @@ TIMEOUT = 60
 
 def in_processes(function, ranks, folder, *arguments):
     """`function(rank, *arguments)` in each of so many processes of one gloo group."""
-    context = torch.multiprocessing.spawn(
-        _run, args=(function, ranks, str(folder), arguments), nprocs=ranks, join=False
+    context = torch.multiprocessing.start_processes(
+        _run, (function, ranks, str(folder), arguments), nprocs=ranks, join=False, start_method="forkserver"
     )
+    assert context is not None
     while not context.join(timeout=120):
         pass
 
 
 def _run(rank, function, ranks, folder, arguments):
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+    # Read by accelerate, which asks for an address even where the group is there already.
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **address}
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -158,6 +158,18 @@ def test_ignored_rows_and_empty_batches():
     assert layer.loss(hidden[0, 0], torch.tensor(4)).shape == ()
 
 
+def test_bins():
+    layer = head(5, 2, bounds=(-1.0, 4.0))
+    assert layer.bin_edges().tolist() == [-1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
+    assert layer.bin_centers().tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5]
+    values = torch.tensor([-9.0, -0.5, 0.25, 3.9, 4.0, 9.0]).double()
+    assert torch.bucketize(values, layer.bin_edges()[1:-1]).tolist() == [0, 0, 1, 4, 4, 4]
+    assert FourierHead(SIZE, 50, 12, 1e-6).bins.regularization == 1e-6
+    layer, hidden = head(5, 2, bounds=(-1.0, 4.0), floor=0.0), torch.randn(6, SIZE, dtype=torch.float64)
+    curves = layer.density(hidden).density(layer.bin_centers()[:, None].expand(-1, 6)).T
+    assert torch.allclose(layer(hidden).exp(), curves / curves.sum(-1, keepdim=True))
+
+
 def test_a_sharp_distribution():
     layer = head(64, 60)
     with torch.no_grad():  # the squared Dirichlet kernel about the centre of bin 20

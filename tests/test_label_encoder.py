@@ -131,6 +131,26 @@ def test_a_backward_is_a_step_of_sgd(name, block):
         assert relative_error(classifier.weight, plain) < 1e-12
 
 
+def test_adaptive_steps_are_row_wise_adagrad():
+    classifier = InPlaceClassifier(LABELS, SIZE, lr=0.3, dtype=torch.float64, block=19, adaptive=True)
+    plain = torch.zeros(LABELS, SIZE, dtype=torch.float64, requires_grad=True)
+    squares = torch.zeros(LABELS, dtype=torch.float64)
+    loss = get_loss("decoupled_softmax")
+    for seed in range(3):
+        hidden = torch.randn(ROWS, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        (grad,) = torch.autograd.grad(loss(xhead.LazyLogits(hidden, plain), right_labels()).mean(), plain)
+        loss(classifier(hidden), right_labels()).mean().backward()
+        squares += grad.square().mean(1)
+        plain = (plain - 0.3 * grad / squares.sqrt()[:, None]).detach().requires_grad_()
+        assert relative_error(classifier.weight, plain) < 1e-10
+
+
+def test_gradients_may_be_changed_before_the_step():
+    classifier = InPlaceClassifier(LABELS, SIZE, lr=0.3, block=19, reduce=torch.Tensor.zero_)
+    get_loss("sigmoid")(classifier(torch.randn(ROWS, SIZE)), right_labels()).sum().backward()
+    assert not classifier.weight.any()
+
+
 def test_all_labels_of_a_block_right():
     classifier = InPlaceClassifier(6, 2, lr=0.1, dtype=torch.float64, block=3)
     classifier.weight.normal_()

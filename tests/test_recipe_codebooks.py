@@ -12,6 +12,7 @@ from recipes.one_billion_word import codebooks
 from recipes.one_billion_word.options import parse_options
 from recipes.one_billion_word.train import main, run
 
+STARTS = ("scratch", "dense")
 TINY = {
     "hidden_size": 16,
     "layers": 1,
@@ -75,17 +76,42 @@ def test_from_scratch_and_from_a_trained_model(tmp_path, capsys):
         run(*parse_options(words(text, output_dir=tmp_path / "other", **{**trained, "min_count": 100})))
 
 
+def test_two_codes_a_word(tmp_path, capsys):
+    options = {"max_steps": 4, "valid_steps": 4, "save_strategy": "no", "head": "vq"}
+    chosen = '{"codebook_size": 7, "residual_size": 9, "frequent": 3}'
+    run(*parse_options(words(write_text(tmp_path), output_dir=tmp_path / "run", head_options=chosen, **options)))
+    assert "7 codes and 9 residual ones for 43 words" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["output_head"]["parameters"] == 16 * 16
+    assert 0 < results["output_head"]["floor"] < results["test"]["loss"]
+
+
 def test_comparison(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(codebooks, "REPEATS", 1)
-    arguments = words(write_text(tmp_path), output_dir=tmp_path / "out", sizes="4,8", steps=4, tuning_steps=2)
+    options = {"sizes": "8", "variants": "bias,two codes", "steps": 4, "tuning_steps": 2}
+    arguments = words(write_text(tmp_path), output_dir=tmp_path / "out", **options)
     report = codebooks.main(arguments)
-    assert list(report["runs"]) == ["dense", "scratch 4", "dense 4", "scratch 8", "dense 8"]
-    assert all(found["logits_seconds_median"] > 0 for found in report["runs"].values())
-    assert torch.tensor([found["valid"]["perplexity"] for found in report["runs"].values()]).isfinite().all()
+    found = [(each["variant"], each["rows"], each["start"]) for each in report["runs"]]
+    cases = [("bias", 8), ("two codes", 8), ("bias", 43)]
+    assert found == [("dense", None, "scratch"), *((*case, start) for case in cases for start in STARTS)]
+    assert all(each["logits_seconds_median"] > 0 for each in report["runs"])
+    assert torch.tensor([each["valid"]["perplexity"] for each in report["runs"]]).isfinite().all()
     table = (tmp_path / "out" / "codebooks.md").read_text()
-    assert "| K = 8 | dense, then 2 steps |" in table
+    assert "| two codes | 8 | dense, then 2 steps |" in table
     assert (tmp_path / "out" / "codebooks.png").stat().st_size > 1000
-    assert json.loads((tmp_path / "out" / "codebooks.json").read_text())["runs"].keys() == report["runs"].keys()
+    assert len(json.loads((tmp_path / "out" / "codebooks.json").read_text())["runs"]) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": "4,x"}, "--sizes is '4,x'; give whole numbers"),
+        ({"sizes": "2"}, "at least 4"),
+        ({"variants": "plain,three codes"}, "--variants has three codes; known are plain, frequent, bias, two codes"),
+    ],
+)
+def test_wrong_options_of_the_comparison(options, message, capsys):
     with pytest.raises(SystemExit):
-        codebooks.main([*arguments, "--sizes", "4,x"])
+        codebooks.main([word for name, value in options.items() for word in (f"--{name}", value)])
+    assert message in capsys.readouterr().err

@@ -1,65 +1,32 @@
 """Classifier and dual encoder of extreme classification, on a data set that is learnt within seconds."""
 
+import copy
 import json
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from transformers import AutoModel, BertConfig, DistilBertConfig, ModernBertConfig
 
 from recipes.extreme_classification.command import main
 from recipes.extreme_classification.dataset import Dataset, Splits
 from recipes.extreme_classification.neural import command, predict, training
-from recipes.extreme_classification.neural.encoders import make_encoder, make_tokenizer, tokenize
+from recipes.extreme_classification.neural.encoders import make_encoder
+from recipes.extreme_classification.neural.inputs import TokenInputs, make_reader
 from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER, XmcModel
-from recipes.extreme_classification.neural.options import PRESETS, NeuralOptions
-from recipes.extreme_classification.neural.run import Predictor, run_model
+from recipes.extreme_classification.neural.predict import Predictor
+from recipes.extreme_classification.neural.run import run_model
 from recipes.extreme_classification.neural.training import Documents, Training
 from recipes.one_billion_word.errors import RecipeError
+from tests.extreme_words import WORDS, small_options, word_splits
 from xhead.retrieval import metrics
-
-WORDS = [
-    "apple",
-    "bridge",
-    "cloud",
-    "drum",
-    "engine",
-    "forest",
-    "glass",
-    "harbour",
-    "island",
-    "jacket",
-    "kettle",
-    "lamp",
-]
-
-
-def split_of(count, seed):
-    """A document names its labels, among noise; some documents have none."""
-    random = np.random.default_rng(seed)
-    texts, rows = [], []
-    for _ in range(count):
-        chosen = sorted(random.choice(len(WORDS), size=random.integers(0, 4), replace=False).tolist())
-        texts.append(" ".join(["the", *(WORDS[label] for label in chosen), "here"]))
-        rows.append(chosen)
-    offsets = np.cumsum([0, *map(len, rows)])
-    labels = csr_matrix((np.ones(offsets[-1], np.float32), np.concatenate(rows).astype(int), offsets))
-    labels.resize(count, len(WORDS))
-    return Dataset(texts, labels, [f"a {word}" for word in WORDS], None)
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return Splits(split_of(240, 0), split_of(40, 1), filter=None, propensity=(0.55, 1.5), name="words")
-
-
-def options(**changed):
-    small = {"hidden_size": 32, "vocab_size": 120, "max_length": 12, "batch_size": 32, "epochs": 8, "patience": 8}
-    return NeuralOptions(
-        **{**small, "learning_rate": 1e-2, "label_chunk": 5, "dropout": 0.0, "held_out": 0.1, **changed}
-    )
+    return word_splits()
 
 
 @pytest.mark.parametrize(
@@ -67,6 +34,7 @@ def options(**changed):
     [
         (DUAL_ENCODER, {}),
         (DUAL_ENCODER, {"encoder": "tiny", "layers": 1, "learning_rate": 5e-3}),
+        (DUAL_ENCODER, {"encoder": "tfidf", "own_vectors": True, "dropout": 0.2, "learning_rate": 5e-2}),
         (DUAL_ENCODER, {"loss": "infonce", "own_vectors": True, "clustered": True, "refresh_epochs": 2}),
         (DUAL_ENCODER, {"negatives": "hard", "refresh_epochs": 2, "negative_count": 200}),
         (DUAL_ENCODER, {"negatives": "random", "negative_count": 3, "loss": "mann_whitney"}),
@@ -77,7 +45,7 @@ def options(**changed):
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 def test_it_learns(kind, changed, splits, tmp_path):
-    results = run_model(kind, splits, options(**changed), tmp_path)
+    results = run_model(kind, splits, small_options(**changed), tmp_path)
     assert results["metrics"]["P@1"] > 0.6  # one document in four has no label
     assert results == json.loads((tmp_path / "results.json").read_text())
     best = Predictor(tmp_path)(["the glass island here", "the lamp here"], k=2)
@@ -85,8 +53,11 @@ def test_it_learns(kind, changed, splits, tmp_path):
     assert best[0][0][1] >= best[0][1][1]
 
 
+RESUMED = {"epochs": 4, "dropout": 0.2, "encoder": "tfidf", "clustered": True, "refresh_epochs": 3}
+
+
 def test_resuming_is_going_on(splits, tmp_path, capsys):
-    whole = run_model(DUAL_ENCODER, splits, options(epochs=4, dropout=0.2), tmp_path / "whole")
+    whole = run_model(DUAL_ENCODER, splits, small_options(**RESUMED), tmp_path / "whole")
 
     class Interrupted(Exception):
         pass
@@ -97,30 +68,77 @@ def test_resuming_is_going_on(splits, tmp_path, capsys):
             raise Interrupted
 
     save = Training._save
+    settings = small_options(**RESUMED, resume=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "_save", interrupt)
-        # Tokenizers that are trained twice may differ; one that is there is taken.
-        shutil.copytree(tmp_path / "whole" / "tokenizer", tmp_path / "parts" / "tokenizer")
         with pytest.raises(Interrupted):
-            run_model(DUAL_ENCODER, splits, options(epochs=4, dropout=0.2, resume=True), tmp_path / "parts")
-    parts = run_model(DUAL_ENCODER, splits, options(epochs=4, dropout=0.2, resume=True), tmp_path / "parts")
+            run_model(DUAL_ENCODER, splits, settings, tmp_path / "parts")
+    other = small_options(**RESUMED, resume=True, loss="infonce")
+    with pytest.raises(RecipeError, match="where loss is 'decoupled_softmax' and not 'infonce'"):
+        run_model(DUAL_ENCODER, splits, other, tmp_path / "parts")
+    parts = run_model(DUAL_ENCODER, splits, settings, tmp_path / "parts")
     assert "resumed after epoch 2" in capsys.readouterr().out
     assert parts["history"] == whole["history"] and parts["metrics"] == whole["metrics"]
 
 
+def test_an_index_is_exported_and_searched(splits, tmp_path):
+    pytest.importorskip("faiss")
+    run_model(DUAL_ENCODER, splits, small_options(epochs=3, index="HNSW32"), tmp_path)
+    texts = ["the glass island here", "the lamp here"]
+    by_index = Predictor(tmp_path)
+    assert by_index.index is not None
+    found = by_index(texts, k=3)
+    (tmp_path / "labels.faiss").unlink()
+    for mine, exact in zip(found, Predictor(tmp_path)(texts, k=3), strict=True):
+        assert [name for name, _ in mine] == [name for name, _ in exact]
+        assert [score for _, score in mine] == pytest.approx([score for _, score in exact], rel=1e-4)
+
+
+def test_an_index_without_faiss_is_refused_before_training(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="--index Flat needs faiss: pip install faiss-cpu"):
+        run_model(DUAL_ENCODER, splits, small_options(index="Flat"), tmp_path)
+
+
 def test_training_stops_when_it_gets_no_better(splits, tmp_path):
-    settings = options(epochs=50, patience=2, learning_rate=0.0)
+    settings = small_options(epochs=50, patience=2, learning_rate=0.0)
     results = run_model(DUAL_ENCODER, splits, settings, tmp_path)
     assert len(results["history"]) == 3
 
 
+SMALL_BACKBONES = {
+    "bert": BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
+    "distilbert": DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16),
+    "modernbert": ModernBertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
+}
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("bert", "mean"), ("distilbert", "cls"), ("modernbert", "mean")])
+def test_an_encoder_of_hugging_face(name, pooling, splits, tmp_path):
+    folder = tmp_path / "encoder"
+    reader = make_reader(small_options(), [*splits.train.texts, *WORDS])
+    reader.tokenizer.save_pretrained(folder)
+    config = copy.deepcopy(SMALL_BACKBONES[name])
+    config.vocab_size, config.pad_token_id = reader.size, reader.tokenizer.pad_token_id
+    AutoModel.from_config(config).save_pretrained(folder)
+    settings = small_options(encoder=str(folder), pooling=pooling, epochs=1, batch_size=64)
+    results = run_model(DUAL_ENCODER, splits, settings, tmp_path / "run")
+    assert results["options"]["encoder"] == str(folder)
+    assert len(Predictor(tmp_path / "run")(["the lamp here"], k=2)[0]) == 2
+
+
+def test_an_encoder_that_is_not_there(splits, tmp_path):
+    with pytest.raises(RecipeError, match="--encoder is 'nobody/nothing'; it must be one of bag, tiny, tfidf, or a"):
+        run_model(DUAL_ENCODER, splits, small_options(encoder="nobody/nothing"), tmp_path)
+
+
 def test_vectors_of_one_text_do_not_depend_on_its_neighbours():
-    for encoder, pooling in (("bag", "mean"), ("tiny", "mean"), ("tiny", "cls")):
-        settings = options(encoder=encoder, layers=1, pooling=pooling)
-        tokenizer = make_tokenizer(settings, WORDS)
-        model = make_encoder(settings, tokenizer).eval()
-        alone = model(**tokenize(tokenizer, ["apple"], 12))
-        padded = model(**tokenize(tokenizer, ["apple", "cloud drum engine forest"], 12))
+    for encoder, pooling in (("bag", "mean"), ("tfidf", "mean"), ("tiny", "mean"), ("tiny", "cls")):
+        settings = small_options(encoder=encoder, layers=1, pooling=pooling)
+        reader = make_reader(settings, WORDS)
+        model = make_encoder(settings, reader.size).eval()
+        alone = model(**reader(["apple"]).batch(np.arange(1)))
+        padded = model(**reader(["apple", "cloud drum engine forest"]).batch(np.arange(2)))
         assert torch.allclose(alone[0], padded[0], atol=1e-5)
 
 
@@ -129,9 +147,10 @@ def test_quality_is_ndcg(splits, tmp_path, monkeypatch):
     test = splits.test
     some = np.flatnonzero(np.diff(test.labels.indptr))
     ranked = np.stack([np.random.default_rng(row).permutation(len(WORDS)) for row in range(len(some))])
-    documents = Documents({"input_ids": torch.zeros(len(some), 1)}, test.labels[some])
-    monkeypatch.setattr(training, "predict", lambda model, inputs, k: (None, torch.from_numpy(ranked[:, :k])))
-    ranking = metrics.rank(ranked, documents.labels, None, k=5)
+    inputs = TokenInputs([np.zeros(1, np.int32)] * len(test.labels.indptr), 0)
+    documents = Documents(inputs, test.labels, some)
+    monkeypatch.setattr(training, "predict", lambda model, inputs, k, rows: (None, torch.from_numpy(ranked[:, :k])))
+    ranking = metrics.rank(ranked, test.labels[some], None, k=5)
     expected = metrics.evaluate(ranking, splits.train.labels, ks=[5], constants=(0.55, 1.5), recall_ks=[])["nDCG@5"]
     found = Training.quality(SimpleNamespace(model=None), documents)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -139,21 +158,23 @@ def test_quality_is_ndcg(splits, tmp_path, monkeypatch):
 
 def test_batches_have_all_of_the_labels(splits):
     labels = splits.train.labels
-    rows = torch.tensor([5, 0, 17])
-    documents = Documents({"input_ids": torch.arange(240)[:, None]}, labels).rows(rows)
+    rows = np.array([5, 0, 17])
+    inputs = TokenInputs([np.array([number]) for number in range(240)], 0)
+    documents = Documents(inputs, labels, np.arange(240)).part(torch.from_numpy(rows))
+    assert documents.batch()["input_ids"].tolist() == [[5], [0], [17]]
     padded = documents.padded_labels()
     for row, found in zip(rows.tolist(), padded.tolist(), strict=True):
         assert {label for label in found if label >= 0} == set(labels[row].indices.tolist())
 
 
 def test_a_temperature_goes_with_the_vectors():
-    settings = options()
-    tokenizer = make_tokenizer(settings, WORDS)
-    inputs = tokenize(tokenizer, WORDS, 12)
-    unit = XmcModel(DUAL_ENCODER, make_encoder(settings, tokenizer), settings, len(WORDS), inputs)
+    settings = small_options()
+    reader = make_reader(settings, WORDS)
+    inputs = reader(WORDS)
+    unit = XmcModel(DUAL_ENCODER, make_encoder(settings, reader.size), settings, len(WORDS), inputs)
     assert unit.temperature == 0.05
     assert torch.allclose(unit.label_vectors().norm(dim=-1), torch.ones(len(WORDS)))
-    assert XmcModel(CLASSIFIER, make_encoder(settings, tokenizer), settings, 12, None).temperature == 1.0
+    assert XmcModel(CLASSIFIER, make_encoder(settings, reader.size), settings, 12).temperature == 1.0
 
 
 def test_the_command_runs_both(splits, tmp_path, monkeypatch):
@@ -164,10 +185,22 @@ def test_the_command_runs_both(splits, tmp_path, monkeypatch):
         assert json.loads((tmp_path / kind / "results.json").read_text())["model"] == f"{kind}, decoupled_softmax"
 
 
+PUBLISHED = {  # of DEXML: batch size, learning rate, length, unit vectors
+    "eurlex-4k": (512, 5e-5, 128, True),
+    "lf-amazontitles-131k": (3000, 3e-4, 32, True),
+    "lf-amazontitles-1.3m": (3000, 3e-4, 32, False),
+    "lf-wikipedia-500k": (768, 7e-5, 128, False),
+}
+
+
 def test_presets_give_way_to_options():
-    for name in PRESETS:
+    for name in PUBLISHED:
         settings = command.parse(DUAL_ENCODER, ["--preset", name])[1]
         assert (settings.encoder, settings.pooling, settings.epochs) == ("distilbert-base-uncased", "cls", 100)
+        found = (settings.batch_size, settings.learning_rate, settings.max_length, settings.normalise)
+        assert found == PUBLISHED[name]
+    data, settings = command.parse(DUAL_ENCODER, ["--preset", "lf-tibkat-41k"])
+    assert (data.text, settings.encoder) == ("content", "tfidf")
     settings = command.parse(DUAL_ENCODER, ["--preset", "lf-wikipedia-500k", "--batch_size", "7"])[1]
     assert (settings.batch_size, settings.learning_rate, settings.normalise) == (7, 7e-5, False)
     assert command.parse(CLASSIFIER, ["--normalise", "False"])[1].normalise is False
@@ -182,6 +215,10 @@ def test_presets_give_way_to_options():
         (["--pooling", "max"], "--pooling is 'max'; it must be one of mean, cls"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--held_out", "1"], "--held_out must be a share between 0 and 1"),
+        (["--dropout", "1"], "--dropout is 1.0, --warmup 0.1; they are shares of 1"),
+        (["--learning_rate", "-1"], "--learning_rate must be 0 or more, got -1.0"),
+        (["--adam_epsilon", "-1"], "--adam_epsilon must be 0 or more, got -1.0"),
+        (["--loss_options", "[]"], "--loss decoupled_softmax: 'list'"),
         (["--spoon"], "not understood: --spoon"),
     ],
 )
@@ -196,9 +233,9 @@ def test_data_that_cannot_serve(splits, tmp_path):
     bare = Dataset(None, labels, None, features)
     no_texts = Splits(bare, bare, None, (0.55, 1.5), "bare")
     with pytest.raises(RecipeError, match="features only: use --model linear"):
-        run_model(CLASSIFIER, no_texts, options(), tmp_path)
+        run_model(CLASSIFIER, no_texts, small_options(), tmp_path)
     unnamed = Dataset(["a", "b"], labels, None, None)
     with pytest.raises(RecipeError, match="has none: use --model classifier"):
-        run_model(DUAL_ENCODER, Splits(unnamed, unnamed, None, (0.55, 1.5), "unnamed"), options(), tmp_path)
+        run_model(DUAL_ENCODER, Splits(unnamed, unnamed, None, (0.55, 1.5), "unnamed"), small_options(), tmp_path)
     with pytest.raises(SystemExit):
         predict.main([str(tmp_path / "nothing"), "text"])

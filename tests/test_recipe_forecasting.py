@@ -109,7 +109,7 @@ def test_toy_networks_are_single_ones():
             head.linear.bias.copy_(networks.biases[2][index, 0])
         alone.append(head.loss(hidden, labels[index]).mean())
         assert torch.allclose(networks.log_probs(inputs)[index], head(hidden), atol=1e-5)
-    assert torch.allclose(networks.loss(inputs, labels), sum(alone))
+    assert torch.allclose(networks.losses(inputs, labels), torch.stack(alone))
 
 
 def test_toy_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -124,6 +124,7 @@ def test_toy_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["--heads", "gmm"], "--heads has 'gmm'"),
         (["--distributions", "cauchy"], "--distributions has cauchy; known: gaussian, mixture, beta"),
         (["--epochs", "0"], "at least 1"),
+        (["--schedule", "linear"], "--schedule is linear; known are constant and cosine"),
     ]:
         with pytest.raises(SystemExit) as ended:
             toy.main(wrong)

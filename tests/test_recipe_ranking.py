@@ -94,7 +94,13 @@ def test_the_network_of_a_preset() -> None:
     [
         (["--preset", "bigram"], "--preset is 'bigram'; known: ngram, ngram_small"),
         (["--network", "rnn"], "--network is 'rnn'; known: transformer, ngram"),
-        (["--head", "tree"], "--head is 'tree'; known: linear, adaptive"),
+        (["--head", "tree"], "--head is 'tree'; known: linear, adaptive, spherical"),
+        (["--head", "spherical", "--loss", "cce"], "leave --loss cce out"),
+        (["--head", "spherical", "--head_options", '{"loss": "hinge"}'], "unknown spherical loss 'hinge'"),
+        (
+            ["--head", "spherical", "--head_options", '{"learning_rate": 0}'],
+            "learning_rate 0; it must be a number above",
+        ),
         (["--hidden_sizes", "12,x"], "--hidden_sizes is '12,x'"),
         (["--hidden_sizes", "12,0"], "--hidden_sizes is 0; it must be at least 1"),
         (["--head", "adaptive", "--loss", "cce"], "leave --loss cce out"),
@@ -191,6 +197,21 @@ def test_draws_are_log_uniform_and_repeat_with_the_seed() -> None:
     assert (share - expected).abs().max() < 0.005
 
 
+@pytest.mark.parametrize("network", ["ngram", "transformer"])
+def test_a_run_with_a_spherical_head(text_folder: Path, tmp_path: Path, network: str) -> None:
+    options = {"head": "spherical", "head_options": '{"loss": "log_taylor", "learning_rate": 20}', "network": network}
+    shape = {"hidden_size": 16, "layers": 1, "max_steps": 30, "save_steps": 10, "logging_steps": 10}
+    whole = run(*parse_options(command(text_folder, tmp_path / "whole", **options, **shape)))
+    assert whole["train_loss"] < 3.6 and 1 < whole["test"]["perplexity"] < 40
+    assert 0 < whole["valid"]["top_k_errors"]["10"] < 0.75
+    part = command(text_folder, tmp_path / "part", **options, **shape)
+    run(*parse_options(part))
+    for file in (tmp_path / "part" / "checkpoint-30").iterdir():
+        file.unlink()
+    again = run(*parse_options([*part, "--resume", "True"]))
+    assert again["valid"] == whole["valid"]
+
+
 @pytest.mark.parametrize("loss", ["zloss", "log_taylor"])
 def test_a_run_reports_errors_and_perplexity_only_of_probabilities(
     text_folder: Path, tmp_path: Path, loss: str, capsys: pytest.CaptureFixture[str]
@@ -211,28 +232,49 @@ def test_a_run_reports_errors_and_perplexity_only_of_probabilities(
 
 def test_comparison(text_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "ranking"
-    options = ["--methods", "cce,zloss,adaptive,sampled", "--method_options", '{"zloss": {"a": 0.5, "b": 3}}']
+    options = ["--method_options", '{"zloss": {"a": 0.5, "b": 3}, "spherical": {"margin": 3, "learning_rate": 0.5}}']
+    options += ["--training_options", '{"cce": {"learning_rate": 0.002}}', "--split", "test"]
     arguments = command(text_folder, output, *options, steps=6, seconds=0.05)
     report = ranking.main(arguments)
     assert json.loads((output / "ranking.json").read_text()) == report
     assert (output / "ranking.png").stat().st_size > 1000
-    assert list(report["methods"]) == ["cce", "zloss", "adaptive", "sampled"]
+    assert list(report["methods"]) == ["stock", "cce", "zloss", "spherical", "adaptive", "sampled"]
     for method, found in report["methods"].items():
         assert found["at_steps"]["steps"] == 6
         assert found["at_seconds"]["seconds"] >= 0.05
         assert set(found["at_steps"]["errors"]) == {str(k) for k in TOP}
-        assert (found["at_steps"]["perplexity"] is None) == (method == "zloss")
+        assert (found["at_steps"]["perplexity"] is None) == (method in ("zloss", "spherical"))
     assert report["methods"]["zloss"]["loss_options"] == {"a": 0.5, "b": 3}
+    assert report["methods"]["spherical"]["head_options"] == {"margin": 3, "learning_rate": 0.5}
+    assert [report["methods"][name]["learning_rate"] for name in ("stock", "cce")] == [1e-2, 2e-3]
+    parameters = {name: found["parameters"] for name, found in report["methods"].items()}
+    assert parameters["spherical"] == parameters["stock"] == parameters["zloss"]
+    assert report["split"] == "test" and report["tokens"] > 0
     table = (output / "ranking.md").read_text()
     assert table.count("| zloss |") == 2 and "6 steps each" in table and not math.isnan(report["seconds"])
+
+
+def test_settings_of_a_preset_give_way_to_those_given() -> None:
+    options = ranking.RankingOptions(method_options='{"zloss": {"b": 4}}', training_options='{"cce": {"seed": 7}}')
+    parsed = {name: parse_options(ranking.command_line(name, options, [])) for name in ("cce", "zloss", "spherical")}
+    tuned = ranking.TUNED["ngram_small"]
+    assert [parsed[name][3].learning_rate for name in parsed] == [float(tuned[name][1]) for name in parsed]
+    assert parsed["zloss"][1].parsed_loss_options == {"b": 4} and parsed["cce"][3].seed == 7
+    assert parsed["spherical"][1].parsed_head_options["learning_rate"] > 0
+    for rest in (["--learning_rate", "0.5"], ["--preset", "ngram"]):
+        found = parse_options(ranking.command_line("cce", options, rest))[3].learning_rate
+        assert found == (0.5 if "0.5" in rest else 1e-3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "cce,nonsense"], "--loss is 'nonsense'"),
-        (["--method_options", '{"mse": {}}'], "--method_options names mse, but --methods are cce, zloss"),
+        (["--method_options", '{"mse": {}}'], "--method_options names mse, but --methods are stock, cce, zloss"),
         (["--method_options", "{"], "which is not JSON"),
+        (["--training_options", '{"cce": 3}'], "it must be a JSON object of objects, one a method"),
+        (["--split", "train"], "--split is 'train'; known: valid, test"),
+        (["--method_options", '{"spherical": {"margins": 3}}'], "unknown option margins for spherical loss 'zloss'"),
         (["--steps", "0"], "--steps is 0"),
     ],
 )

@@ -208,8 +208,19 @@ def test_an_approximate_index_and_its_recall():
     assert exact.recall(hidden, 5) == 1.0
     coarse = [MaximumInnerProduct(weight, description="IVF8,Flat", nprobe=n).recall(hidden, 5) for n in (1, 8)]
     assert coarse[0] < coarse[1] == 1.0
-    with pytest.raises(AttributeError, match="'Flat' has no attribute 'nprobes'"):
+    with pytest.raises(AttributeError, match="IndexFlat has no attribute 'nprobes'"):
         MaximumInnerProduct(weight, description="Flat", nprobes=3)
+
+
+def test_an_index_is_written_and_read(tmp_path):
+    pytest.importorskip("faiss")
+    hidden, weight, bias, _ = inputs(torch.float32)
+    written = MaximumInnerProduct(weight, bias, description="IVF8,Flat", nprobe=8)
+    written.save(tmp_path / "index")
+    read = MaximumInnerProduct.load(tmp_path / "index", weight, bias, nprobe=8)
+    assert torch.equal(read.topk(hidden, 5).classes, written.topk(hidden, 5).classes)
+    with pytest.raises(ValueError, match=f"is an index of {len(weight)} vectors of {SIZE + 1} numbers; this weight"):
+        MaximumInnerProduct.load(tmp_path / "index", weight)
 
 
 def test_an_index_without_faiss_says_what_it_needs(monkeypatch):

@@ -18,13 +18,13 @@ CLASSES, SIZE, FEATURES = 60, 8, 5
 class Model(nn.Module):
     """A layer and a head: the spherical one, or a dense weight with the loss from its definition."""
 
-    def __init__(self, spherical, definition=squared_error, name="mse"):
+    def __init__(self, spherical, definition=squared_error, name="mse", **options):
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Linear(FEATURES, SIZE)
         weight = 0.2 * torch.randn(CLASSES, SIZE)
         self.definition = definition
-        self.head = SphericalHead(SIZE, CLASSES, name, weight=weight) if spherical else None
+        self.head = SphericalHead(SIZE, CLASSES, name, weight=weight, **options) if spherical else None
         self.weight = None if spherical else nn.Parameter(weight)
 
     def forward(self, features, labels, num_items_in_batch=None):
@@ -145,7 +145,9 @@ def test_optimisers_that_do_not_fit():
 def test_more_than_one_process_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="trains in one process, got 2"):
+    with pytest.raises(
+        RuntimeError, match="made for one process, got 2: make it with process_group=torch.distributed.group.WORLD"
+    ):
         SphericalHead(SIZE, CLASSES).step(0.1)
 
 

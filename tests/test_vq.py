@@ -1,7 +1,4 @@
-"""The head of vector-quantised logits, against its dense definition in float64 and inside models."""
-
-import logging
-import math
+"""The head of vector-quantised logits against its dense definition in float64, with one code a token and with two."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,52 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import xhead
 from tests.dense import relative_error
-from tests.tiny import tiny, tokens
-from xhead.heads.codes import code_floor, make_mapping, revive
-from xhead.heads.vq import MAPPINGS, TOKEN_BIASES, VQConfig, VQHead
+from tests.vq_case import D, N, V, dense, gradients, make, rows_and_labels
+from xhead.heads.vq import VQHead
+from xhead.heads.vq_config import MAPPINGS, TOKEN_BIASES, VQConfig
 from xhead.losses.cross_entropy import linear_cross_entropy
 
-V, K, D, N = 23, 6, 5, 17
-
-
-def make(config=None, dtype=torch.float64, tokens=V, width=D, **options):
-    """A head with random parameters, and a mapping that starts at random."""
-    config = config or VQConfig(**{"codebook_size": K, "start": "random", **options})
-    projection = nn.Linear(width, tokens, bias=config.token_bias == "learned", dtype=dtype)
-    head = VQHead(width, tokens, config).to(dtype)
-    head.start_from(projection, token_counts=torch.randint(0, 50, (tokens,)))
-    with torch.no_grad():
-        head.codebook.normal_()
-        if config.token_bias == "learned":
-            head.token_bias.normal_()
-    return head
-
-
-def dense(head, hidden):
-    """The logits by the definition: the row of each token's code, and the token's bias."""
-    logits = hidden @ head.codebook[head.token_code].T
-    if head.config.token_bias == "frequency":
-        logits = logits + head.token_weight.to(hidden.dtype).log()
-    if head.config.token_bias == "learned":
-        logits = logits + head.token_bias
-    return logits
-
-
-def rows_and_labels(dtype=torch.float64, rows=N, scale=1.0):
-    return scale * torch.randn(rows, D, dtype=dtype), torch.randint(V, (rows,))
-
-
-def gradients(value, head, hidden):
-    leaves = [hidden, *(p for name, p in head.named_parameters() if name != "token_rows")]
-    return torch.autograd.grad(value, leaves, retain_graph=True)
+RESIDUAL_SIZES = [0, 7]
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("token_bias", TOKEN_BIASES)
-def test_loss_and_gradients(token_bias, scale):
-    head = make(token_bias=token_bias)
+@pytest.mark.parametrize("residual_size", RESIDUAL_SIZES)
+def test_loss_and_gradients(token_bias, scale, residual_size):
+    head = make(token_bias=token_bias, residual_size=residual_size)
     hidden, labels = rows_and_labels(scale=scale)
     hidden.requires_grad_()
     upstream = torch.rand(N, dtype=torch.float64)
@@ -69,8 +34,9 @@ def test_loss_and_gradients(token_bias, scale):
 
 
 @pytest.mark.parametrize("token_bias", TOKEN_BIASES)
-def test_float32(token_bias):
-    head = make(token_bias=token_bias)
+@pytest.mark.parametrize("residual_size", RESIDUAL_SIZES)
+def test_float32(token_bias, residual_size):
+    head = make(token_bias=token_bias, residual_size=residual_size)
     hidden, labels = rows_and_labels(rows=200)
     small = hidden.float().requires_grad_()
     exact = small.detach().double().requires_grad_()
@@ -97,9 +63,22 @@ def test_gradcheck(mapping):
     assert torch.autograd.gradcheck(loss, (*inputs[:2], inputs[2].requires_grad_()))
 
 
+def test_gradcheck_of_two_codes():
+    head = make(token_bias="learned", residual_size=4)
+    hidden, labels = rows_and_labels(rows=4)
+
+    def loss(hidden, codebook, residual_codebook, bias):
+        parameters = {"codebook": codebook, "residual_codebook": residual_codebook, "token_bias": bias}
+        return torch.func.functional_call(head, parameters, (hidden, lambda h, module: module.loss_rows(h, labels)))
+
+    leaves = (head.codebook, head.residual_codebook, head.token_bias)
+    assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), *(x.detach().requires_grad_() for x in leaves)))
+
+
 @pytest.mark.parametrize("token_bias", TOKEN_BIASES)
-def test_probabilities(token_bias):
-    head = make(token_bias=token_bias)
+@pytest.mark.parametrize("residual_size", RESIDUAL_SIZES)
+def test_probabilities(token_bias, residual_size):
+    head = make(token_bias=token_bias, residual_size=residual_size)
     hidden = 3 * torch.randn(2, 7, D, dtype=torch.float64)
     log_p = head.log_probabilities(hidden)
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(2, 7, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -123,7 +102,8 @@ def test_any_mapping(data):
     mapping = [*range(codes), *data.draw(st.lists(st.integers(0, codes - 1), min_size=size - codes, max_size=size))]
     mapping = torch.tensor(mapping[:size])[torch.randperm(size)]
     token_bias = data.draw(st.sampled_from(TOKEN_BIASES))
-    head = VQHead(D, size, VQConfig(codes, token_bias=token_bias)).double()
+    residual_size = data.draw(st.integers(0, size))
+    head = VQHead(D, size, VQConfig(codes, "random", token_bias=token_bias, residual_size=residual_size)).double()
     counts = torch.tensor(data.draw(st.lists(st.integers(0, 1000), min_size=size, max_size=size)))
     head.start_from(nn.Linear(D, size, dtype=torch.float64), token_counts=counts, token_code=mapping)
     hidden, labels = torch.randn(5, D, dtype=torch.float64), torch.randint(size, (5,))
@@ -149,9 +129,10 @@ def test_a_code_for_every_token_is_cut_cross_entropy(dtype):
         assert torch.equal(head.logits(hidden), projection(hidden))
 
 
-def test_nothing_of_rows_and_tokens_is_built():
+@pytest.mark.parametrize("residual_size", RESIDUAL_SIZES)
+def test_nothing_of_rows_and_tokens_is_built(residual_size):
     many = 50_000
-    head = make(dtype=torch.float32, tokens=many, token_bias="frequency")
+    head = make(dtype=torch.float32, tokens=many, token_bias="frequency", residual_size=residual_size)
     hidden, labels = torch.randn(512, D, requires_grad=True), torch.randint(many, (512,))
     largest = []
 
@@ -167,335 +148,25 @@ def test_nothing_of_rows_and_tokens_is_built():
     assert max(largest) <= 4 * many
 
 
-def test_empty_batch():
-    head = make()
+@pytest.mark.parametrize("residual_size", RESIDUAL_SIZES)
+def test_empty_batch(residual_size):
+    head = make(residual_size=residual_size)
     hidden = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
     head.loss_rows(hidden, torch.zeros(0, dtype=torch.int64)).sum().backward()
     assert not head.codebook.grad.any()
 
 
-def test_labels_out_of_range():
+@pytest.mark.parametrize("residual_size", RESIDUAL_SIZES)
+def test_rows_that_are_not_finite_give_nan(residual_size):
+    head = make(token_bias="frequency", residual_size=residual_size)
+    hidden, labels = rows_and_labels(rows=3)
+    hidden[0, 1], hidden[2, 3] = torch.nan, torch.inf
+    assert head.loss_rows(hidden, labels).isnan().tolist() == [True, False, True]
+    assert head.log_probabilities(hidden).isnan().any(-1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("residual_size", RESIDUAL_SIZES)
+def test_labels_out_of_range(residual_size):
     for label in (-1, V):
         with pytest.raises(IndexError, match=f"label {label} is out of bounds"):
-            make().loss_rows(torch.zeros(1, D, dtype=torch.float64), torch.tensor([label]))
-
-
-# Mappings.
-
-
-def counts_of(size):
-    return torch.arange(size).flip(0) ** 2
-
-
-@pytest.mark.parametrize("start", ["kmeans", "frequency", "random"])
-@pytest.mark.parametrize(("codes", "frequent"), [(1, 0), (7, 0), (7, 3), (40, 39), (40, 0), (40, 40)])
-def test_every_start_fills_every_code(start, codes, frequent):
-    if start == "kmeans":
-        pytest.importorskip("sklearn")
-    found = make_mapping(start, codes, frequent, torch.randn(40, 4), counts_of(40))
-    assert found.unique().tolist() == list(range(codes))
-    for code in range(frequent):
-        assert (found == code).nonzero().flatten().tolist() == [code]
-
-
-def test_kmeans_finds_groups():
-    pytest.importorskip("sklearn")
-    group = torch.arange(60) % 4
-    rows = 10 * torch.eye(4)[group] + 0.1 * torch.randn(60, 4)
-    found = make_mapping("kmeans", 4, 0, rows, None)
-    assert {tuple(sorted(group[found == code].unique().tolist())) for code in range(4)} == {(0,), (1,), (2,), (3,)}
-    # Rows that are all the same leave clusters empty, and tokens fill them.
-    assert make_mapping("kmeans", 3, 0, torch.ones(9, 2).unique(dim=0).repeat(9, 1), None).unique().tolist() == [
-        0,
-        1,
-        2,
-    ]
-
-
-def test_frequency_keeps_like_counts_together():
-    counts = counts_of(40)
-    found = make_mapping("frequency", 5, 0, torch.randn(40, 4), counts)
-    assert found.tolist() == sorted(found.tolist())
-    held = torch.zeros(5).index_add(0, found, counts.float())
-    assert held.max() < 0.5 * held.sum()
-
-
-def test_codebook_starts_at_the_means():
-    projection = nn.Linear(D, V, bias=False)
-    head = VQHead(D, V, VQConfig(K, start="random"))
-    head.start_from(projection)
-    for code in range(K):
-        torch.testing.assert_close(head.codebook[code], projection.weight[head.token_code == code].mean(0))
-
-
-def test_learned_bias_starts_from_what_is_known():
-    projection = nn.Linear(D, V)
-    head = VQHead(D, V, VQConfig(K, start="random", token_bias="learned"))
-    head.start_from(projection)
-    torch.testing.assert_close(head.token_bias, projection.bias)
-    counts = torch.arange(V)
-    head.start_from(projection, token_counts=counts)
-    within = head.token_bias - projection.bias
-    for code in range(K):
-        inside = head.token_code == code
-        torch.testing.assert_close(within[inside].mean(), torch.zeros(()), rtol=0, atol=1e-6)
-        torch.testing.assert_close(within[inside].softmax(0), (counts[inside] + 1) / (counts[inside] + 1).sum())
-
-
-def test_revived_codes():
-    token_code, weight = torch.tensor([0, 1, 1, 1, 2, 2, 2]), torch.tensor([9.0, 1, 5, 8, 7, 6, 2])
-    found, moved = revive(token_code, weight, 5, frequent=1)
-    assert moved == [(3, 3, 1), (4, 4, 2)]
-    assert found.tolist() == [0, 1, 1, 3, 4, 2, 2]
-    assert revive(token_code, weight, 3, frequent=1)[1] == []
-
-
-def test_floor():
-    token_code, counts = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([3.0, 1, 4, 0, 2, 2])
-    p = counts / counts.sum()
-    of_code = torch.tensor([4.0, 4.0, 4.0]) / 12
-    expected = sum(-v * math.log(v / of_code[c]) for v, c in zip(p.tolist(), token_code, strict=True) if v)
-    assert code_floor(token_code, counts) == pytest.approx(expected)
-    sizes = torch.tensor([2.0, 1, 3])
-    assert code_floor(token_code, counts, token_bias=False) == pytest.approx(float((p * sizes[token_code].log()).sum()))
-    assert code_floor(torch.arange(6), counts) == 0
-    with pytest.raises(ValueError, match="all zero"):
-        code_floor(token_code, 0 * counts)
-
-
-@pytest.mark.parametrize("token_bias", ["none", "frequency"])
-def test_floor_bounds_the_loss(token_bias):
-    """Text of exactly these counts, from a head that knows every code: the floor is reached, never passed."""
-    counts = torch.randint(1, 9, (V,))
-    head = VQHead(K, V, VQConfig(K, start="random", token_bias=token_bias)).double()
-    head.start_from(nn.Linear(K, V, dtype=torch.float64), token_counts=counts - 1)
-    labels = torch.arange(V).repeat_interleave(counts)
-    with torch.no_grad():
-        head.codebook.copy_(torch.eye(K))
-    for certainty in (0.0, 1.0, 1e3):
-        hidden = certainty * F.one_hot(head.token_code[labels], K).double()
-        loss = head.loss_rows(hidden, labels).mean().item()
-        floor = code_floor(head.token_code, counts, token_bias=token_bias == "frequency")
-        assert loss >= floor - 1e-9
-    assert loss == pytest.approx(floor)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"codebook_size": 0}, "codebook_size must be a whole number of at least 1, got 0"),
-        ({"codebook_size": 2.5}, "codebook_size must be a whole number of at least 1, got 2.5"),
-        ({"codebook_size": 97}, "codebook_size must be at most the number of tokens, 96, got 97"),
-        ({"codebook_size": 8, "frequent": 9}, "frequent must be at most codebook_size=8, got 9"),
-        ({"codebook_size": 8, "frequent": 8}, "leaves none of codebook_size=8 to the other 88 tokens"),
-        ({"codebook_size": 8, "frequent": 2}, "frequent=2 needs token_counts="),
-        ({"codebook_size": 8, "start": "frequency"}, 'start="frequency" needs token_counts='),
-        ({"codebook_size": 8, "start": "k-means"}, "start must be one of kmeans, frequency, random, got 'k-means'"),
-        ({"codebook_size": 8, "token_bias": "both"}, "token_bias must be one of none, frequency, learned, got 'both'"),
-        ({"codebook_size": 8, "mapping": "moving"}, "mapping must be one of fixed, reassigned, learned"),
-        ({"codebook_size": 8, "reassign_every": 0}, "reassign_every must be a whole number of at least 1, got 0"),
-        ({"codebook_sise": 8}, "unknown option codebook_sise for head 'vq'; known are codebook_size, start"),
-        ({}, "the head 'vq' needs the option codebook_size"),
-        ({"codebook_size": 8, "token_counts": torch.ones(95), "frequent": 1}, r"shape \(96,\).*got \(95,\)"),
-        ({"codebook_size": 8, "token_counts": -torch.ones(96), "frequent": 1}, "must not be negative, got .*-1"),
-        ({"codebook_size": 8, "token_code": torch.arange(96)}, r"must be in \[0, 8\).*got values from 0 to 95"),
-        ({"codebook_size": 8, "token_code": torch.arange(96) % 8 - 1}, "got values from -1 to 6"),
-        ({"codebook_size": 8, "token_code": torch.arange(96) % 6}, "2 of 8 codes have no token.*codebook_size to 6"),
-        ({"codebook_size": 8, "token_code": torch.arange(95) % 8}, r"shape \(96,\), one code a token, got \(95,\)"),
-        ({"codebook_size": 8, "token_code": torch.zeros(96)}, "a tensor of torch.int64, got torch.float32"),
-    ],
-)
-def test_wrong_options(options, message):
-    model = tiny("LlamaForCausalLM")
-    options = {"start": "random", **options} if "codebook_size" in options else options
-    with pytest.raises((ValueError, TypeError), match=message):
-        xhead.patch(model, head="vq", **options)
-    assert type(model.lm_head) is nn.Linear
-    assert not hasattr(model.config, "xhead_head")
-
-
-# Mappings that change.
-
-
-def grouped(rows=4000, groups=4, size=24):
-    """Hidden states that say the group of the label, and no more; (rows, D), (rows,), (size,)."""
-    group = torch.arange(size) % groups
-    labels = torch.randint(size, (rows,))
-    hidden = 3 * torch.eye(D)[group[labels]] + 0.3 * torch.randn(rows, D)
-    return hidden, labels, group
-
-
-def trained(mapping, steps=160, **options):
-    torch.manual_seed(1)
-    hidden, labels, group = grouped()
-    head = VQHead(D, 24, VQConfig(4, start="random", mapping=mapping, reassign_every=20, **options))
-    head.start_from(nn.Linear(D, 24))
-    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
-    for step in range(steps):
-        chosen = slice(200 * (step % 20), 200 * (step % 20 + 1))
-        optimizer.zero_grad()
-        head.loss_rows(hidden[chosen], labels[chosen]).mean().backward()
-        optimizer.step()
-    with torch.no_grad():
-        return head, head.loss_rows(hidden, labels).mean().item(), group
-
-
-@pytest.mark.parametrize("mapping", ["reassigned", "learned"])
-@pytest.mark.parametrize("token_bias", ["none", "learned"])
-def test_a_changing_mapping_finds_the_groups(mapping, token_bias):
-    fixed = trained("fixed", token_bias=token_bias)[1]
-    head, loss, _ = trained(mapping, token_bias=token_bias)
-    assert head.token_code.unique().tolist() == [0, 1, 2, 3]
-    assert torch.equal(head.code_weight, torch.bincount(head.token_code))
-    assert loss < fixed - 0.3, (loss, fixed)
-    assert loss < math.log(6) + 0.5
-
-
-def test_contexts_measure_what_a_move_is_worth():
-    """For a rare token, the gain that decides is the change of the log-likelihood itself."""
-    head = make(mapping="reassigned", tokens=200, codebook_size=4).train()
-    hidden, labels = torch.randn(900, D, dtype=torch.float64), torch.randint(3, 200, (900,))
-    labels[:2] = 0
-    before = head.loss_rows(hidden, labels).sum()
-    context = head._context
-    old = head.token_code.clone()
-    for code in range(4):
-        moved = old.clone()
-        moved[0] = code
-        head.remap(moved)
-        truth = before - head.eval().loss_rows(hidden, labels).sum()
-        gains = context.hidden_sum[0] @ head.codebook.T - context.mass
-        torch.testing.assert_close(gains[code] - gains[old[0]], truth, rtol=0.15, atol=0.15)
-
-
-def test_straight_through_gradient_is_that_of_rows_in_the_codes_place():
-    for token_bias in TOKEN_BIASES:
-        head = make(mapping="learned", token_bias=token_bias).train()
-        hidden, labels = rows_and_labels()
-        upstream = torch.rand(N, dtype=torch.float64)
-        actual = torch.autograd.grad(head.loss_rows(hidden, labels) @ upstream, (head.token_rows, head.codebook))
-        rows = head.codebook[head.token_code].detach().requires_grad_()
-        logits = hidden @ rows.T + (dense(head, hidden) - hidden @ rows.T).detach()
-        expected = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="none") @ upstream, rows)
-        torch.testing.assert_close(actual[0], expected[0])
-        of_codes = torch.zeros_like(head.codebook).index_add(0, head.token_code, expected[0])
-        torch.testing.assert_close(actual[1], of_codes)
-
-
-@pytest.mark.parametrize("mapping", ["reassigned", "learned"])
-def test_empty_codes_are_revived_and_said(mapping, caplog):
-    head = make(mapping=mapping, frequent=1, reassign_every=1, token_bias="frequency").train()
-    own = (head.token_code == 0).nonzero().flatten()
-    hidden, labels = rows_and_labels()
-    head.loss_rows(hidden, labels)
-    with torch.no_grad():  # one code is best for every token
-        head.codebook[1:] = torch.arange(1.0, K, dtype=torch.float64)[:, None] * 1e-3
-        if mapping == "learned":
-            head.token_rows.fill_(1.0)
-        else:
-            head._context.hidden_sum.fill_(1.0)
-            head._context.counts.fill_(1.0)
-            head._context.mass.fill_(0.0)
-    with caplog.at_level(logging.WARNING, logger="xhead"):
-        head.loss_rows(hidden, labels)
-    assert "4 of 6 codes were empty and took a token each" in caplog.text
-    assert head.token_code.unique().tolist() == list(range(K))
-    assert torch.equal((head.token_code == 0).nonzero().flatten(), own)
-    expected = F.cross_entropy(dense(head, hidden), labels, reduction="none")
-    torch.testing.assert_close(head.eval().loss_rows(hidden, labels), expected)
-
-
-def test_a_mapping_changes_in_training_alone():
-    head = make(mapping="reassigned", reassign_every=1)
-    hidden, labels = rows_and_labels(rows=500)
-    before = head.token_code.clone()
-    head.eval().loss_rows(hidden, labels)
-    with torch.no_grad():
-        head.train().loss_rows(hidden, labels)
-    with pytest.raises(RuntimeError, match='mapping="reassigned" has nothing to reassign by'):
-        head.reassign()
-    with pytest.raises(RuntimeError, match='mapping="fixed" has nothing to reassign by'):
-        make().reassign()
-    assert torch.equal(head.token_code, before)
-    loss = head.loss_rows(hidden, labels).sum() + head.loss_rows(hidden, labels).sum()
-    assert not torch.equal(head.token_code, before)
-    loss.backward()
-
-
-# In a model.
-
-
-def model_with(name="LlamaForCausalLM", **options):
-    options = {"codebook_size": 12, "start": "random", "token_counts": torch.arange(96), **options}
-    return xhead.patch(tiny(name).eval(), head="vq", **options)
-
-
-@pytest.mark.parametrize("options", [{}, {"token_bias": "frequency", "frequent": 3}, {"token_bias": "learned"}])
-def test_saved_and_loaded(options, tmp_path):
-    model = model_with(**options)
-    loss = model(**tokens()).loss
-    with torch.no_grad():
-        logits = model(**tokens()).logits
-        torch.testing.assert_close(model(**tokens()).loss, loss)
-    loss.backward()
-    model.save_pretrained(tmp_path)
-    again = xhead.load(tmp_path).eval()
-    with torch.no_grad():
-        assert torch.equal(again(**tokens()).logits, logits)
-    assert torch.equal(again(**tokens()).loss, loss)
-    assert torch.equal(again.lm_head.token_code, model.lm_head.token_code)
-    assert xhead.status(model).materialized == 0
-
-
-def test_half_precision_keeps_the_counts():
-    model = model_with(token_bias="frequency").bfloat16()
-    assert model.lm_head.code_weight.dtype == torch.int64
-    log_p = model.lm_head.log_probabilities(torch.randn(3, 32, dtype=torch.bfloat16))
-    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(3), rtol=0, atol=1e-5)
-    model(**tokens()).loss.backward()
-    with torch.autocast("cpu", torch.bfloat16):
-        model_with()(**tokens()).loss.backward()
-
-
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}])
-def test_generation(options):
-    model = model_with(token_bias="frequency")
-    ids = tokens()["input_ids"]
-    torch.manual_seed(3)
-    actual = model.generate(ids, max_new_tokens=5, pad_token_id=0, **options)
-    head = model.lm_head
-    with torch.no_grad():
-        stock = tiny("LlamaForCausalLM", tie_word_embeddings=False).eval()
-        stock.model = model.model
-        stock.lm_head = nn.Linear(32, 96)
-        stock.lm_head.weight.copy_(head.codebook[head.token_code])
-        stock.lm_head.bias.copy_(head.token_weight.log())
-    torch.manual_seed(3)
-    assert torch.equal(actual, stock.generate(ids, max_new_tokens=5, pad_token_id=0, **options))
-
-
-def test_from_a_trained_projection():
-    pytest.importorskip("sklearn")
-    plain = tiny("LlamaForCausalLM", tie_word_embeddings=False).eval()
-    with torch.no_grad():  # words of eight kinds
-        plain.lm_head.weight.copy_(0.3 * torch.eye(32)[torch.arange(96) % 8] + 0.01 * torch.randn(96, 32))
-        expected = plain(**tokens()).logits
-        model = xhead.patch(plain, head="vq", codebook_size=8)
-        assert relative_error(model(**tokens()).logits, expected) < 0.3
-        other = xhead.patch(xhead.unpatch(model), head="vq", codebook_size=8, start="random")
-        assert relative_error(other(**tokens()).logits, expected) > 0.6
-
-
-def test_training_in_a_model_moves_the_mapping():
-    model = model_with(mapping="reassigned", reassign_every=2).train()
-    before = model.lm_head.token_code.clone()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for seed in range(12):
-        optimizer.zero_grad()
-        loss = model(**tokens(seed=seed % 2)).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert not torch.equal(model.lm_head.token_code, before)
-    assert losses[-1] < losses[0]
+            make(residual_size=residual_size).loss_rows(torch.zeros(1, D, dtype=torch.float64), torch.tensor([label]))

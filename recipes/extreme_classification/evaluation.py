@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,17 @@ from xhead.retrieval.metrics import evaluate, rank
 
 KS = (1, 3, 5)
 RECALL_KS = (10, 100)
+
+
+class Clock:
+    """Seconds since it was made, of wall time and of this process's CPU time, all threads together."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> dict[str, float]:
+        """`wall` and `cpu`."""
+        return {"wall": time.perf_counter() - self._start[0], "cpu": time.process_time() - self._start[1]}
 
 
 @dataclass(frozen=True)
@@ -94,27 +108,32 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_evaluation(evaluation: Evaluation, folder: Path, **more: object) -> dict[str, Any]:
+def write_evaluation(
+    evaluation: Evaluation, folder: Path, *, model: str, clock: Clock, **more: object
+) -> dict[str, Any]:
     """Print the table, and write it, results.json and frequency.png.
 
     Args:
         evaluation: what `measure` gives.
         folder: where to.
-        more: for results.json, such as the model and its seconds.
+        model: what it is called.
+        clock: how long it took.
+        more: for results.json, such as the options.
 
     Returns:
         What results.json holds.
     """
-    results = {**more, **evaluation.about, "metrics": dict(evaluation.metrics)}
+    environment = f"torch {version('torch')}, {date.today()}"
+    seconds = clock.seconds()
+    results = {"model": model, "seconds": seconds, **more, **evaluation.about, "environment": environment}
+    results["metrics"] = dict(evaluation.metrics)
     results["by_frequency"] = [asdict(group) for group in evaluation.groups]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "table.txt").write_text(table(evaluation))
-    print(table(evaluation), end="")
+    print(table(evaluation) + f"seconds: {seconds['wall']:.1f}, of CPU time {seconds['cpu']:.1f}")
     try:
-        plot_groups(
-            {str(more.get("model", "model")): evaluation.groups}, folder / "frequency.png", str(results["data"])
-        )
+        plot_groups({model: evaluation.groups}, folder / "frequency.png", str(results["data"]))
     except ImportError:
         print("no plot: matplotlib is not installed (pip install matplotlib)")
     return results

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import HfArgumentParser
 
-from recipes.extreme_classification.evaluation import measure, ranks_needed, write_evaluation
+from recipes.extreme_classification.evaluation import Clock, measure, ranks_needed, write_evaluation
 from recipes.extreme_classification.features import make_features
 from recipes.extreme_classification.options import DataOptions, load_data
 from recipes.one_billion_word.errors import RecipeError
@@ -63,21 +62,17 @@ def run(name: str, arguments: list[str]) -> dict[str, Any]:
     except ImportError as error:
         raise RecipeError("--model label_tree needs napkinXC: pip install napkinxc, or take --model linear") from error
     splits = load_data(data)
-    started = time.perf_counter()
+    clock = Clock()
     features = make_features(splits, options.characters)
     with tempfile.TemporaryDirectory() as folder:
         tree = napkin.PLT(
             folder, liblinear_c=options.cost, ensemble=options.trees, threads=options.threads, seed=options.seed
         )
         tree.fit(features.train, splits.train.labels)
-        trained = time.perf_counter()
         found = tree.predict(features.test, top_k=ranks_needed(splits))
     predictions = np.full((len(found), ranks_needed(splits)), NONE, np.int64)
     for row, labels in enumerate(found):
         predictions[row, : len(labels)] = labels
-    seconds = {"train": trained - started, "predict": time.perf_counter() - trained}
-    results = write_evaluation(
-        measure(splits, predictions), Path(options.output_dir), model=name, options=asdict(options), seconds=seconds
+    return write_evaluation(
+        measure(splits, predictions), Path(options.output_dir), model=name, options=asdict(options), clock=clock
     )
-    print(f"seconds: {seconds['train']:.1f} training, {seconds['predict']:.1f} prediction")
-    return results

@@ -13,7 +13,6 @@ So a label that never occurs in training can be predicted by its text. Hard nega
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from sklearn.svm import LinearSVC
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from recipes.extreme_classification.evaluation import measure, ranks_needed, write_evaluation
-from recipes.extreme_classification.features import Features, make_features
+from recipes.extreme_classification.evaluation import Clock, measure, ranks_needed, write_evaluation
+from recipes.extreme_classification.features import Features, largest, make_features
 from recipes.extreme_classification.options import DataOptions, load_data
 from recipes.one_billion_word.errors import RecipeError
 from xhead.retrieval.metrics import Ranking
@@ -75,17 +74,13 @@ def run(name: str, arguments: list[str]) -> dict[str, Any]:
     if unknown:
         raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
     splits = load_data(data)
-    started = time.perf_counter()
+    clock = Clock()
     features = make_features(splits, options.characters)
     model = LinearModel(features, splits.train.labels, options)
-    trained = time.perf_counter()
     predictions = model.predict(features.test, ranks_needed(splits))
-    seconds = {"train": trained - started, "predict": time.perf_counter() - trained}
-    results = write_evaluation(
-        measure(splits, predictions), Path(options.output_dir), model=name, options=asdict(options), seconds=seconds
+    return write_evaluation(
+        measure(splits, predictions), Path(options.output_dir), model=name, options=asdict(options), clock=clock
     )
-    print(f"seconds: {seconds['train']:.1f} training, {seconds['predict']:.1f} prediction")
-    return results
 
 
 class LinearModel:
@@ -111,7 +106,7 @@ class LinearModel:
         fitted = Features(csr_matrix(features.train[kept]), features.test, features.labels)
         self._counts = label_counts(known)
         sums = known.astype(bool).astype(np.float32).T @ fitted.train + fitted.labels
-        self._centroids = _largest(csr_matrix(normalize(csr_matrix(sums))), options.centroid_features)
+        self._centroids = largest(csr_matrix(normalize(csr_matrix(sums))), options.centroid_features)
         nearest, _ = self._shortlist(fitted.train, min(options.negatives, label_count))
         self._weights, self._biases = _classifiers(fitted, known, nearest, options)
         self._mix = self._fit_mix(csr_matrix(features.train[held]), csr_matrix(labels[held]), min(100, label_count))
@@ -200,15 +195,6 @@ def _fit(samples: csr_matrix, positives: int, options: LinearOptions) -> tuple[t
     weights = machine.coef_[0]
     kept = np.abs(weights) >= options.smallest_weight
     return (used[kept], weights[kept].astype(np.float32)), float(machine.intercept_[0])  # pyright: ignore
-
-
-def _largest(matrix: csr_matrix, most: int) -> csr_matrix:
-    """The largest entries of each row, at most so many."""
-    counts = np.diff(matrix.indptr)
-    rows = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((np.negative(matrix.data), rows))
-    kept = order[np.arange(len(rows)) - matrix.indptr[rows] < most]
-    return csr_matrix((matrix.data[kept], (rows[kept], matrix.indices[kept])), shape=matrix.shape)
 
 
 def _column(matrix: csc_matrix, column: int) -> np.ndarray:

@@ -5,15 +5,12 @@ Source: arXiv 1609.04309. Frequent words are scored in full, the rest in cluster
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PretrainedConfig
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import LlamaForCausalLM
 
 from recipes.one_billion_word.ngram import NgramForCausalLM
-from recipes.one_billion_word.packing import IGNORED
+from recipes.one_billion_word.own_head import OwnHead
 
 CUTOFFS = (60_000, 100_000, 640_000)
 BENCHMARK_WORDS = 793_471
@@ -33,37 +30,32 @@ def narrowing(size: int, clusters: int) -> float:
     return max(1.0, min(4.0, (size / NARROWEST) ** (1 / clusters)))
 
 
-class AdaptiveHead:
-    """Mixed into a causal language model: its projection goes, and an adaptive softmax gives the loss."""
+class AdaptiveHead(OwnHead):
+    """An adaptive softmax gives the loss, and log p as the scores.
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        config.tie_word_embeddings = False
-        super().__init__(config)  # pyright: ignore
-        del self.lm_head  # pyright: ignore
-        words, size = config.vocab_size, config.hidden_size  # pyright: ignore
+    A projection with a bias lends it to the words that are scored in full, and to the clusters their words' together.
+    """
+
+    own_head: nn.AdaptiveLogSoftmaxWithLoss
+
+    @staticmethod
+    @torch.no_grad()
+    def make_head(projection: nn.Linear) -> nn.AdaptiveLogSoftmaxWithLoss:
+        size, words, bias = projection.in_features, projection.out_features, projection.bias
         clusters = cutoffs(words)
-        self.adaptive = nn.AdaptiveLogSoftmaxWithLoss(size, words, clusters, div_value=narrowing(size, len(clusters)))
+        div_value = narrowing(size, len(clusters))
+        has_bias = bias is not None
+        head = nn.AdaptiveLogSoftmaxWithLoss(size, words, clusters, div_value=div_value, head_bias=has_bias)
+        if has_bias:
+            frequent, *rest = bias.tensor_split(clusters)
+            head.head.bias.copy_(torch.cat([frequent, torch.stack([each.logsumexp(0) for each in rest])]))
+        return head
 
-    def get_output_embeddings(self) -> None:
-        return None
+    def all_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.own_head.log_prob(hidden)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,  # (B, L)
-        labels: torch.Tensor | None = None,  # (B, L)
-        position_ids: torch.Tensor | None = None,  # (B, L)
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **_: Any,
-    ) -> CausalLMOutput:
-        """The mean loss of the labels that count, or their sum by `num_items_in_batch`; without labels, log p."""
-        body = self.base_model  # pyright: ignore
-        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        if labels is None:
-            return CausalLMOutput(logits=self.adaptive.log_prob(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]))
-        following = labels[:, 1:]
-        counts = following != IGNORED
-        log_p = self.adaptive(hidden[:, :-1][counts], following[counts]).output
-        return CausalLMOutput(loss=-log_p.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch))
+    def loss_sum(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return -self.own_head(hidden, target).output.sum()
 
 
 class AdaptiveLlama(AdaptiveHead, LlamaForCausalLM):

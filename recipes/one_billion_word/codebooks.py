@@ -1,19 +1,23 @@
-"""`python -m recipes.one_billion_word.codebooks`: codebooks of several sizes beside the dense projection.
+"""`python -m recipes.one_billion_word.codebooks`: codebooks of several kinds and sizes beside the dense projection.
 
 The dense model is trained first. Each codebook is then trained twice: from scratch, for as many steps, and from the
 dense model, for some more. Compared are perplexity, parameters of the head, and the seconds that all logits of a few
-rows take. A codebook of as many codes as words is a dense projection with the logarithm of the counts as its bias:
-beside it, in short runs, it shows what knowing the counts is worth.
+rows take. "plain" has one code a token and nothing else; "frequent" gives half of the codes to one frequent word each;
+"bias" adds a bias a token, and "two codes" splits the rows into two codebooks. "bias" is also trained with as many
+rows as words, a dense projection with such a bias: in short runs it shows what knowing the counts is worth.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ from recipes.one_billion_word.options import VQ, parse_options
 from recipes.one_billion_word.plots import plot_codebooks
 from recipes.one_billion_word.train import run
 
+BIAS = "bias"
+SCRATCH, TUNED = "scratch", "dense"
 TIMED_ROWS = 256
 REPEATS = 9
 
@@ -33,6 +39,7 @@ DEFAULTS = {
     "--vocab_size": "4096",
     "--hidden_size": "64",
     "--layers": "1",
+    "--tie_embeddings": "False",
     "--warmup_steps": "15",
     "--learning_rate": "3e-3",
     "--logging_steps": "50",
@@ -42,6 +49,19 @@ DEFAULTS = {
     "--disable_tqdm": "True",
 }
 
+# What each variant adds to a codebook of K rows in all; other options are the recipe's, which depend on the start.
+VARIANTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "plain": lambda size: {"codebook_size": size, "frequent": 0, "token_bias": "none"},
+    "frequent": lambda size: {"codebook_size": size, "frequent": size // 2, "token_bias": "none"},
+    BIAS: lambda size: {"codebook_size": size, "frequent": size // 2},
+    "two codes": lambda size: {
+        "codebook_size": size - size // 2,
+        "residual_size": size // 2,
+        "frequent": size // 4,
+    },
+    "reassigned": lambda size: {"codebook_size": size, "frequent": size // 2, "mapping": "reassigned"},
+}
+
 
 @dataclass
 class CodebookOptions:
@@ -49,10 +69,28 @@ class CodebookOptions:
 
     output_dir: str = field(default="runs/codebooks", metadata={"help": "Where table, plot and numbers are written."})
     sizes: str = field(
-        default="64,256,1024,4096", metadata={"help": "Codebook sizes K, at most the number of words; with commas."}
+        default="64,256,1024", metadata={"help": "Rows K of the codebooks, 4 to the number of words; with commas."}
     )
-    steps: int = field(default=300, metadata={"help": "Training steps from scratch."})
-    tuning_steps: int = field(default=100, metadata={"help": "Training steps of a codebook from the dense model."})
+    variants: str = field(
+        default="plain,frequent,bias,two codes", metadata={"help": f"With commas, of: {', '.join(VARIANTS)}."}
+    )
+    steps: int = field(default=800, metadata={"help": "Training steps from scratch."})
+    tuning_steps: int = field(default=200, metadata={"help": "Training steps of a codebook from the dense model."})
+
+    def __post_init__(self) -> None:
+        if not all(size.strip().isdecimal() and int(size) >= 4 for size in self.sizes.split(",")):
+            raise RecipeError(f"--sizes is {self.sizes!r}; give whole numbers of at least 4 with commas: 64,256,1024")
+        unknown = [name for name in self.parsed_variants if name not in VARIANTS]
+        if unknown:
+            raise RecipeError(f"--variants has {', '.join(unknown)}; known are {', '.join(VARIANTS)}")
+
+    @property
+    def parsed_sizes(self) -> list[int]:
+        return [int(size) for size in self.sizes.split(",")]
+
+    @property
+    def parsed_variants(self) -> list[str]:
+        return [name.strip() for name in self.variants.split(",")]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -63,8 +101,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         description="Compare codebooks of several sizes with the dense projection.",
         allow_abbrev=False,
     )
-    options, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     try:
+        options, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         return compare(options, rest)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -77,22 +115,27 @@ def compare(options: CodebookOptions, rest: list[str]) -> dict[str, Any]:
     Raises:
         RecipeError: an option cannot be used.
     """
-    if not all(size.strip().isdecimal() for size in options.sizes.split(",")):
-        raise RecipeError(f"--sizes is {options.sizes!r}; give whole numbers with commas: 64,256,1024")
     folder = Path(options.output_dir)
     dense = folder / "dense"
-    runs = {"dense": _train(dense, options.steps, rest)}
-    for size in map(int, options.sizes.split(",")):
-        head = ["--head", VQ, "--head_options", json.dumps({"codebook_size": size})]
-        runs[f"scratch {size}"] = _train(folder / f"scratch-{size}", options.steps, [*rest, *head])
-        tuned = [*head, "--start_from", str(dense)]
-        runs[f"dense {size}"] = _train(folder / f"dense-{size}", options.tuning_steps, [*rest, *tuned])
-    heads = {name: _head(folder / name.replace(" ", "-")) for name in runs}
-    for name, seconds in _seconds_of_logits(heads).items():
-        runs[name]["logits_seconds_median"] = seconds
+    runs = [{"variant": "dense", "rows": None, "start": SCRATCH, **_train(dense, options.steps, rest)}]
+    folders = [dense]
+    cases = list(product(options.parsed_variants, options.parsed_sizes))
+    if BIAS in options.parsed_variants:  # knowing the counts, without sharing rows
+        cases.append((BIAS, runs[0]["vocabulary"]))
+    for variant, size in dict.fromkeys(cases):
+        head = ["--head", VQ, "--head_options", json.dumps(VARIANTS[variant](size))]
+        for start in (SCRATCH, TUNED):
+            folders.append(folder / f"{variant}-{size}-{start}".replace(" ", "-"))
+            more = ["--start_from", str(dense)] if start == TUNED else []
+            _share_data(dense, folders[-1])
+            results = _train(folders[-1], options.tuning_steps if more else options.steps, [*rest, *head, *more])
+            runs.append({"variant": variant, "rows": size, "start": start, **results})
+    heads = {str(each): _head(each, dense=each == dense) for each in folders}
+    for found, seconds in zip(runs, _seconds_of_logits(heads).values(), strict=True):
+        found["logits_seconds_median"] = seconds
     report = {
-        "data": runs["dense"]["data"],
-        "vocabulary": runs["dense"]["vocabulary"],
+        "data": runs[0]["data"],
+        "vocabulary": runs[0]["vocabulary"],
         "steps": options.steps,
         "tuning_steps": options.tuning_steps,
         "timed_rows": TIMED_ROWS,
@@ -114,10 +157,15 @@ def _train(folder: Path, steps: int, rest: list[str]) -> dict[str, Any]:
     return {name: value for name, value in results.items() if name != "history"}
 
 
-def _head(folder: Path) -> torch.nn.Module:
+def _share_data(source: Path, folder: Path) -> None:
+    """Let a run find the words and blocks that another has made of the same data."""
+    if not (folder / "data").exists():
+        shutil.copytree(source / "data", folder / "data", copy_function=os.link)
+
+
+def _head(folder: Path, *, dense: bool) -> torch.nn.Module:
     model_folder = folder / "model"
-    is_dense = folder.name == "dense"
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder) if is_dense else xhead.load(model_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder) if dense else xhead.load(model_folder)
     return model.get_output_embeddings().eval()
 
 
@@ -137,21 +185,20 @@ def _seconds_of_logits(heads: Mapping[str, Callable[[torch.Tensor], torch.Tensor
 
 def codebook_table(report: Mapping[str, Any]) -> str:
     """The table that the comparison prints, in Markdown."""
-    runs = report["runs"]
-    dense = runs["dense"]
-    columns = ["head", "start", "parameters", "of dense", "floor, nats", "perplexity", "of dense", "logits, ms"]
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 6]
-    for name, found in runs.items():
-        start, _, size = name.partition(" ")
+    dense = report["runs"][0]
+    titles = ["head", "rows", "start", "parameters", "of dense", "floor, nats", "perplexity", "of dense", "logits, ms"]
+    lines = ["| " + " | ".join(titles) + " |", "|---|---:|---|" + "---:|" * 6]
+    for found in report["runs"]:
         about = found["output_head"]
-        steps = report["tuning_steps" if size and start == "dense" else "steps"]
+        steps = {SCRATCH: f"scratch, {report['steps']}", TUNED: f"dense, then {report['tuning_steps']}"}
         perplexity = found["valid"]["perplexity"]
         cells = (
-            f"K = {int(size):,}" if size else "dense",
-            f"dense, then {steps} steps" if size and start == "dense" else f"scratch, {steps} steps",
+            found["variant"],
+            "" if found["rows"] is None else f"{found['rows']:,}",
+            f"{steps[found['start']]} steps",
             f"{about['parameters']:,}",
             f"{about['parameters'] / dense['output_head']['parameters']:.1%}",
-            f"{about['floor']:.3f}" if size else "0",
+            f"{about.get('floor', 0):.3f}",
             f"{perplexity:.1f}",
             f"{perplexity / dense['valid']['perplexity'] - 1:+.1%}",
             f"{1e3 * found['logits_seconds_median']:.2f}",

@@ -15,7 +15,7 @@ from recipes.one_billion_word.scoring import output_head
 
 @torch.no_grad()
 def save_head_inputs(model: PreTrainedModel, blocks: PackedSentences, tokens: int, path: Path) -> int:
-    """Write a .safetensors file with `hidden` (N, D), `weight` (V, D) and `target` (N,) long.
+    """Write a .safetensors file with `hidden` (N, D), `weight` (V, D) and `target` (N,) long; `bias` (V,) if any.
 
     Args:
         model: a causal language model.
@@ -41,11 +41,14 @@ def save_head_inputs(model: PreTrainedModel, blocks: PackedSentences, tokens: in
         target.append(some_target.cpu())
         collected += len(some_target)
     model.train(was_training)
+    head = output_head(model)
     saved = {
         "hidden": torch.cat(hidden)[:tokens].contiguous(),
-        "weight": output_head(model).weight.detach().cpu().clone().contiguous(),
+        "weight": head.weight.detach().cpu().clone().contiguous(),
         "target": torch.cat(target)[:tokens].contiguous(),
     }
+    if head.bias is not None:
+        saved["bias"] = head.bias.detach().cpu().clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(saved, path, metadata={"format": "pt"})
     return len(saved["target"])

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 import xhead
 from recipes.one_billion_word.adaptive import AdaptiveLlama, AdaptiveNgram
 from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.ngram import NgramConfig, NgramForCausalLM
-from recipes.one_billion_word.options import ADAPTIVE, NGRAM, SAMPLED, STOCK, ModelOptions
+from recipes.one_billion_word.options import ADAPTIVE, NGRAM, SAMPLED, SPHERICAL, STOCK, ModelOptions
 from recipes.one_billion_word.sampled import SampledSoftmax
+from recipes.one_billion_word.spherical import SphericalLlama, SphericalNgram, SphericalOutput, head_options
 from recipes.one_billion_word.vocabulary import Vocabulary
 from xhead.losses import get_loss
+from xhead.losses.spherical_family import FAMILY
 
 
 def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int, seed: int) -> PreTrainedModel:
     """A model with random weights that depend on nothing but the shapes and the seed."""
     set_seed(seed)
-    adaptive = options.head == ADAPTIVE
+    start = start_at_frequencies(options, vocabulary)
+    own = head_options(options) if options.head == SPHERICAL else {}
     if options.network == NGRAM:
         config = NgramConfig(
             vocab_size=len(vocabulary),
@@ -26,7 +33,11 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
             hidden_sizes=options.parsed_hidden_sizes,
             bos_token_id=vocabulary.start,
         )
-        return (AdaptiveNgram if adaptive else NgramForCausalLM)(config)
+        if options.head in (ADAPTIVE, SPHERICAL):
+            return {ADAPTIVE: AdaptiveNgram, SPHERICAL: SphericalNgram}[options.head](config, start, **own)
+        model = NgramForCausalLM(config)
+        start(model.lm_head)
+        return model
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=options.hidden_size,
@@ -40,7 +51,30 @@ def build_model(options: ModelOptions, vocabulary: Vocabulary, block_length: int
         pad_token_id=None,
         use_cache=False,
     )
-    return (AdaptiveLlama if adaptive else LlamaForCausalLM)(config)
+    if options.head in (ADAPTIVE, SPHERICAL):
+        return {ADAPTIVE: AdaptiveLlama, SPHERICAL: SphericalLlama}[options.head](config, **own)
+    return LlamaForCausalLM(config)
+
+
+def start_at_frequencies(options: ModelOptions, vocabulary: Vocabulary) -> Callable[[nn.Linear], None]:
+    """Starts a projection's bias at the logarithm of the words' counts, for losses of a softmax.
+
+    From 0, a softmax learns the frequencies through the hidden layers first, and leaves their tanh saturated. The
+    spherical losses start from 0: they see scores relative to their spread, which the counts would fill. Where the
+    vocabulary has no counts, the rank k is taken to have 1 / k.
+    """
+
+    @torch.no_grad()
+    def start(projection: nn.Linear) -> None:
+        if options.head == SPHERICAL or options.loss in FAMILY:
+            projection.bias.zero_()
+            return
+        ranks = torch.arange(1, len(vocabulary) + 1)
+        counts = 1 / ranks if vocabulary.counts is None else torch.tensor(vocabulary.counts).clamp(min=1)
+        logarithms = counts.double().log()
+        projection.bias.copy_(logarithms - logarithms.mean())
+
+    return start
 
 
 def check_loss(options: ModelOptions) -> None:
@@ -67,3 +101,9 @@ def apply_loss(model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel
     if options.loss == SAMPLED:
         return xhead.patch(model, loss=SampledSoftmax(**options.parsed_loss_options))
     return xhead.patch(model, loss=options.loss, **options.parsed_loss_options)
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """How many numbers the model learns. A spherical head's are no parameters; one parameter stands for them."""
+    own = model.own_head.weight.factor.numel() - 1 if isinstance(model, SphericalOutput) else 0
+    return model.num_parameters() + own

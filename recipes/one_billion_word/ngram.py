@@ -74,7 +74,7 @@ class NgramForCausalLM(PreTrainedModel):
     def __init__(self, config: NgramConfig) -> None:
         super().__init__(config)
         self.body = NgramBody(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

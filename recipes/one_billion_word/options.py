@@ -14,7 +14,7 @@ from recipes.one_billion_word.errors import RecipeError
 
 STOCK = "stock"
 SAMPLED = "sampled"
-LINEAR, ADAPTIVE, VQ = "linear", "adaptive", "vq"
+LINEAR, ADAPTIVE, SPHERICAL, VQ = "linear", "adaptive", "spherical", "vq"
 TRANSFORMER, NGRAM = "transformer", "ngram"
 
 PRESETS = {
@@ -83,12 +83,16 @@ class ModelOptions:
     head: str = field(
         default=LINEAR,
         metadata={
-            "help": "linear; or adaptive (torch.nn.AdaptiveLogSoftmaxWithLoss) or vq (a codebook), which have losses "
-            "of their own."
+            "help": "linear; or adaptive (torch.nn.AdaptiveLogSoftmaxWithLoss), spherical "
+            "(xhead.heads.SphericalHead) or vq (a codebook), which have losses of their own."
         },
     )
     head_options: str = field(
-        default="{}", metadata={"help": """JSON for --head vq, as in '{"codebook_size": 512, "frequent": 256}'."""}
+        default="{}",
+        metadata={
+            "help": """JSON for --head vq, as in '{"codebook_size": 512, "frequent": 256}', or for --head spherical: """
+            """its arguments and its learning_rate, as in '{"loss": "zloss", "margin": 10, "learning_rate": 1}'."""
+        },
     )
     start_from: str | None = field(
         default=None, metadata={"help": "The output folder of a run with a linear head: start from its model."}
@@ -118,7 +122,7 @@ class ModelOptions:
         for name, value, known in (
             ("preset", self.preset, (None, *PRESETS)),
             ("network", self.network, (TRANSFORMER, NGRAM)),
-            ("head", self.head, (LINEAR, ADAPTIVE, VQ)),
+            ("head", self.head, (LINEAR, ADAPTIVE, SPHERICAL, VQ)),
         ):
             if value not in known:
                 raise RecipeError(f"--{name} is {value!r}; known: {', '.join(filter(None, known))}")
@@ -129,10 +133,10 @@ class ModelOptions:
         options = self.parsed_loss_options
         if self.loss == STOCK and options:
             raise RecipeError("--loss_options needs a --loss other than stock, which has no options")
-        if self.parsed_head_options and self.head != VQ:
-            raise RecipeError(f"--head_options needs --head vq; --head {self.head} has no options")
-        if self.start_from is not None and self.head == ADAPTIVE:
-            raise RecipeError("--start_from needs --head linear or vq, got adaptive")
+        if self.parsed_head_options and self.head not in (SPHERICAL, VQ):
+            raise RecipeError(f"--head_options needs --head spherical or vq; --head {self.head} has no options")
+        if self.start_from is not None and self.head not in (LINEAR, VQ):
+            raise RecipeError(f"--start_from needs --head linear or vq, got {self.head}")
 
     @property
     def parsed_hidden_sizes(self) -> tuple[int, ...]:
@@ -204,7 +208,7 @@ def parse_options(arguments: list[str] | None = None) -> Options:
         ddp_find_unused_parameters=False,
         report_to="none",
     )
-    parser.set_defaults(**PRESETS.get(_preset(arguments), {}))
+    parser.set_defaults(**PRESETS.get(preset_of(arguments), {}))
     try:
         parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except ValueError as error:  # from TrainingArguments: such as bf16 on a device without it
@@ -220,7 +224,7 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     return data, model, run, training
 
 
-def _preset(arguments: list[str] | None) -> str:
+def preset_of(arguments: list[str] | None) -> str:
     """The preset on a command line: it sets defaults, so it has to be known before the line is parsed."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default="")

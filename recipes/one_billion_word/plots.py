@@ -77,7 +77,7 @@ def plot_errors(report: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_codebooks(report: Mapping[str, Any], path: Path) -> None:
-    """Perplexity over the size of the codebook, from scratch and from the dense model, whose own is a level line.
+    """Perplexity over the rows of the codebooks, a line a variant and start; the dense model's own is level.
 
     Args:
         report: what the comparison of codebooks writes to codebooks.json.
@@ -86,30 +86,31 @@ def plot_codebooks(report: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    runs = report["runs"]
-    labels = {
+    panels = figure.subplots(1, 2, sharey=True)
+    dense, *codebooks = report["runs"]
+    titles = {
         "scratch": f"from scratch, {report['steps']:,} steps",
         "dense": f"from the dense model, {report['tuning_steps']:,} steps more",
     }
-    for start, label in labels.items():
-        points = sorted(
-            (int(size), found["valid"]["perplexity"])
-            for name, found in runs.items()
-            for first, _, size in [name.partition(" ")]
-            if first == start and size
-        )
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    dense = runs["dense"]["valid"]["perplexity"]
-    axes.axhline(dense, color="black", linestyle="--", label=f"dense, {report['steps']:,} steps")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("codes K")
-    axes.set_ylabel("validation perplexity")
-    axes.set_title(f"{report['data']}; {report['vocabulary']:,} words", fontsize="small")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    for axes, (start, title) in zip(panels, titles.items(), strict=True):
+        for variant in dict.fromkeys(found["variant"] for found in codebooks):
+            points = sorted(
+                (found["rows"], found["valid"]["perplexity"])
+                for found in codebooks
+                if (found["variant"], found["start"]) == (variant, start)
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", label=variant)
+        level = dense["valid"]["perplexity"]
+        axes.axhline(level, color="black", linestyle="--", label=f"dense, {report['steps']:,} steps")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("rows of the codebooks")
+        axes.set_title(title, fontsize="small")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("validation perplexity")
+    panels[0].legend()
+    figure.suptitle(f"{report['data']}; {report['vocabulary']:,} words", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

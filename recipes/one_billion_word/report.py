@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, Trainer
 
 import xhead
 from recipes.one_billion_word.data import Data
-from recipes.one_billion_word.options import STOCK, ModelOptions
+from recipes.one_billion_word.model import count_parameters
+from recipes.one_billion_word.options import LINEAR, STOCK, ModelOptions
 from recipes.one_billion_word.plots import plot_losses
 
 
@@ -26,9 +27,10 @@ def describe(data: Data, model: PreTrainedModel, options: ModelOptions) -> None:
         f"vocabulary  {len(data.vocabulary):,} words; tokens to predict: {data.train.predicted:,} train, "
         f"{data.valid.predicted:,} valid"
     )
+    loss = f"loss {options.loss}" if options.head == LINEAR else "with its own loss"
     state.print(
-        f"model       {options.network}, {model.num_parameters():,} parameters, {options.head} head, "
-        f"loss {options.loss}, processes {state.num_processes}"
+        f"model       {options.network}, {count_parameters(model):,} parameters, {options.head} head, {loss}, "
+        f"processes {state.num_processes}"
     )
 
 
@@ -57,7 +59,7 @@ def summarize(
         "test_set": data.corpus.test_name,
         "vocabulary": len(data.vocabulary),
         "train_tokens": data.train.predicted,
-        "parameters": model.num_parameters(),
+        "parameters": count_parameters(model),
         "head": options.head,
         "loss": options.loss,
         "steps": trainer.state.global_step,

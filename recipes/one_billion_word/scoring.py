@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from recipes.one_billion_word.options import ADAPTIVE, VQ, ModelOptions
+from recipes.one_billion_word.options import ADAPTIVE, SPHERICAL, VQ, ModelOptions
 from xhead import LazyLogits
+from xhead.heads import SphericalHead
 from xhead.heads.vq import VQHead
 from xhead.losses.spherical import log_probability
 from xhead.losses.spherical_family import FAMILY
@@ -90,6 +91,19 @@ class AdaptiveScorer:
         return _ranks(self.head.log_prob, hidden, target, max(1, self.max_logits // self.head.n_classes))
 
 
+class SphericalScorer:
+    """A factored spherical head: its own probabilities, where its loss defines any."""
+
+    def __init__(self, head: SphericalHead) -> None:
+        self.head, self.defines_probability = head, head.loss.is_likelihood
+
+    def nll(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return -self.head.log_probability(hidden, target)
+
+    def ranks(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.head.ranks(hidden, target)
+
+
 class VQScorer:
     """A codebook in the projection's place (`xhead.patch(model, head="vq")`)."""
 
@@ -122,7 +136,9 @@ def _ranks(
 def scorer_of(model: PreTrainedModel, options: ModelOptions) -> Scorer:
     """How the head that these options ask for is scored."""
     if options.head == ADAPTIVE:
-        return AdaptiveScorer(model.adaptive)  # pyright: ignore
+        return AdaptiveScorer(model.own_head)  # pyright: ignore
+    if options.head == SPHERICAL:
+        return SphericalScorer(model.own_head)  # pyright: ignore
     if options.head == VQ:
         return VQScorer(model.get_output_embeddings())  # pyright: ignore
     return LinearScorer(output_head(model), options.loss, options.parsed_loss_options)

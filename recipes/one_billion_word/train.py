@@ -28,6 +28,7 @@ from recipes.one_billion_word.packing import PackedSentences
 from recipes.one_billion_word.perplexity import measure_errors, measure_perplexity
 from recipes.one_billion_word.report import describe, summarize, write_report
 from recipes.one_billion_word.scoring import scorer_of
+from recipes.one_billion_word.spherical import check_spherical, head_callbacks
 from recipes.one_billion_word.start import load_start
 from recipes.one_billion_word.vq import apply_vq, check_vq, head_facts
 from xhead import roll_call
@@ -65,6 +66,7 @@ def run(
     folder = Path(str(training.output_dir))
     check_loss(model_options)
     check_vq(model_options)
+    check_spherical(model_options)
     if model_options.head != LINEAR and (run_options.measure_memory or run_options.save_head_inputs):
         raise RecipeError(
             f"--measure_memory and --save_head_inputs need a linear head, got --head {model_options.head}"
@@ -102,7 +104,7 @@ def run(
         args=training,
         train_dataset=data.train,
         data_collator=default_data_collator,
-        callbacks=[timer, *callbacks],
+        callbacks=[timer, *head_callbacks(model, model_options, training), *callbacks],
     )
     scorer = scorer_of(model, model_options)
     trainer.add_callback(ExactValidation(trainer, scorer, data.valid, run_options.valid_steps))

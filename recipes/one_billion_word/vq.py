@@ -69,21 +69,23 @@ def apply_vq(model: PreTrainedModel, options: ModelOptions, vocabulary: Vocabula
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"--head vq --head_options {options.head_options}: {error}") from error
     floor = head_facts(model, options, vocabulary)["floor"]
+    residual = f" and {chosen['residual_size']:,} residual ones" if chosen.get("residual_size") else ""
     PartialState().print(
-        f"codebook    {chosen['codebook_size']:,} codes for {len(vocabulary):,} words, {chosen['frequent']:,} of them "
-        f"with a code of their own; no loss below {floor:.4f} nats a word on text of these counts with this mapping"
+        f"codebook    {chosen['codebook_size']:,} codes{residual} for {len(vocabulary):,} words, "
+        f"{chosen['frequent']:,} of them with a code of their own; no loss below {floor:.4f} nats a word on text of "
+        "these counts with this mapping"
     )
 
 
 def head_facts(model: PreTrainedModel, options: ModelOptions, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The head's parameters, and for a codebook its options and its floor in nats a word."""
+    """The head's parameters, and for codebooks their options and their floor in nats a word."""
     head = model.get_output_embeddings()
-    if head is None:  # an adaptive softmax is no projection
+    if head is None:  # an adaptive softmax and a spherical head are no projections
         return {}
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in head.parameters())}
     if options.head == VQ:
         chosen = options_of(options, len(vocabulary))
-        code = head.token_code.cpu()  # pyright: ignore
-        floor = code_floor(code, token_counts(vocabulary), chosen["token_bias"] != "none")
+        cells = head.cells.cpu()  # pyright: ignore
+        floor = code_floor(cells, token_counts(vocabulary), chosen["token_bias"] != "none")
         facts |= {"options": chosen, "floor": floor}
     return facts

@@ -2,9 +2,13 @@
 
 Each call's part is `(W~ - mbar) R + 1 r' + rows`: a matrix, a vector, and the rows of the classes that were gathered.
 All three add up over calls with one weight, so that the product, the V D^2 of a backward, is left for the end.
+They add up over processes too, which exchange them in place of the gradient: D^2 numbers and D a class that was
+gathered, where the gradient has V D.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +16,9 @@ from torch import Tensor
 from xhead.engines.gram import ClosedFormGradient
 from xhead.engines.problem import Problem
 from xhead.engines.weight_moments import blocks, extended_rows
+
+if TYPE_CHECKING:
+    from xhead.exchange import Exchange
 
 _pending: list[Pending] = []
 """The weights whose gradients are put off. Shared by all threads: autograd has threads of its own on GPUs."""
@@ -28,10 +35,13 @@ def find(problem: Problem) -> Pending | None:
 
 
 class Pending:
-    """The gradient of one weight, collected from `start` until `finish` or `abandon`."""
+    """The gradient of one weight, collected from `start` until `finish` or `abandon`.
 
-    def __init__(self, weight: Tensor):
-        self.weight = weight  # (V, D)
+    exchange: processes that have the same weight; the gradient is the mean of theirs.
+    """
+
+    def __init__(self, weight: Tensor, exchange: Exchange | None = None):
+        self.weight, self.exchange = weight, exchange  # (V, D)
         self._versions: tuple[int, ...] = (weight._version,)
         self._problem: Problem | None = None  # without rows: the weight and the bias that all calls share
 
@@ -59,6 +69,7 @@ class Pending:
             self._matrix = torch.zeros(size + 1, size, **options)
             self._vector = torch.zeros(size, **options)
             self._rows = torch.zeros(self.weight.shape, **options)
+            self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
         self._check_unchanged()
         if terms.mean_grad is not None:
             self._vector += problem.scale / problem.vocabulary * terms.mean_moment[:-1]
@@ -67,17 +78,28 @@ class Pending:
             self._matrix += 2 * problem.scale**2 / problem.vocabulary * terms.variance_moment[:, :-1]
         if terms.entries is not None:
             row, column, value = terms.entries
+            self._touched[column] = True
             for start, stop in blocks(row.shape[0]):
                 hidden = problem.hidden[row[start:stop]].to(self._rows.dtype)
                 self._rows.index_add_(0, column[start:stop], hidden * value[start:stop, None])
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Collect no more, and add what was collected to `weight.grad`. Raises RuntimeError as `add` does."""
+        """Collect no more, and add what was collected to `weight.grad`.
+
+        Raises RuntimeError as `add` does; between processes also where one of them collected nothing, or has a gradient
+        from elsewhere: on all of them.
+        """
         self.abandon()
+        if self.exchange is not None:
+            with self.exchange.together():
+                self._check_reducible()
+                self._check_unchanged()
+            self._reduce(self.exchange)
+        elif self._problem is not None:
+            self._check_unchanged()
         if self._problem is None:
             return
-        self._check_unchanged()
         for start, stop in blocks(self.weight.shape[0]):
             centred = extended_rows(self._problem, slice(start, stop)).sub_(self._centre)
             self._rows[start:stop].addmm_(centred, self._matrix).add_(self._vector)
@@ -86,6 +108,26 @@ class Pending:
             self.weight.grad = gradient
         else:
             self.weight.grad += gradient
+
+    def _check_reducible(self) -> None:
+        if self._problem is None:
+            raise RuntimeError("no gradient was collected in this process, which has to take part: give it a batch too")
+        if self.weight.grad is not None:
+            raise RuntimeError(
+                "the projection's weight has a gradient from elsewhere, which would not be reduced between the "
+                "processes: untie it from the embedding, and call zero_grad() before the block"
+            )
+
+    def _reduce(self, exchange: Exchange) -> None:
+        """What was collected, averaged over the processes."""
+        exchange.agree(shape=tuple(self.weight.shape), dtype=self._rows.dtype)
+        for sums in (self._matrix, self._vector):
+            exchange.add_up(sums).div_(exchange.size)
+        classes = self._touched.nonzero()[:, 0]
+        counts = exchange.share(len(classes))
+        rows = exchange.gather(self._rows[classes], counts).div_(exchange.size)
+        self._rows[classes] = 0.0
+        self._rows.index_add_(0, exchange.gather(classes, counts), rows)
 
     def _check_unchanged(self) -> None:
         bias = None if self._problem is None else self._problem.bias

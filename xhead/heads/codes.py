@@ -1,6 +1,7 @@
 """Mappings of a vocabulary to codes: how they are made, mended and judged.
 
 A mapping is a tensor `token_code` (V,) int64 of values in [0, K), every one of which is taken: K codes, none empty.
+Where tokens have a second, residual code, what is said of codes in `code_floor` holds for the cells that both make.
 """
 
 import math
@@ -11,16 +12,20 @@ from torch import Tensor
 STARTS = ("kmeans", "frequency", "random")
 
 
-def check_mapping(token_code: Tensor, tokens: int, codes: int) -> None:
-    """Raise TypeError or ValueError where `token_code` is no mapping of so many tokens to so many codes."""
-    if not isinstance(token_code, Tensor) or token_code.dtype != torch.int64:
-        got = token_code.dtype if isinstance(token_code, Tensor) else type(token_code).__name__
-        raise TypeError(f"token_code must be a tensor of torch.int64, got {got}")
-    if token_code.shape != (tokens,):
-        raise ValueError(f"token_code must have shape ({tokens},), one code a token, got {tuple(token_code.shape)}")
-    low, high = int(token_code.min()), int(token_code.max())
+def check_mapping(codes_of: Tensor, tokens: int, codes: int, name: str = "token_code") -> None:
+    """Raise TypeError or ValueError where `codes_of` does not give each of the tokens a code in [0, codes)."""
+    if not isinstance(codes_of, Tensor) or codes_of.dtype != torch.int64:
+        got = codes_of.dtype if isinstance(codes_of, Tensor) else type(codes_of).__name__
+        raise TypeError(f"{name} must be a tensor of torch.int64, got {got}")
+    if codes_of.shape != (tokens,):
+        raise ValueError(f"{name} must have shape ({tokens},), one code a token, got {tuple(codes_of.shape)}")
+    low, high = int(codes_of.min()), int(codes_of.max())
     if low < 0 or high >= codes:
-        raise ValueError(f"token_code must be in [0, {codes}), the codes there are, got values from {low} to {high}")
+        raise ValueError(f"{name} must be in [0, {codes}), the codes there are, got values from {low} to {high}")
+
+
+def check_none_empty(token_code: Tensor, codes: int) -> None:
+    """Raise ValueError where a mapping leaves codes without a token."""
     empty = codes - len(token_code.unique())
     if empty:
         raise ValueError(
@@ -30,15 +35,21 @@ def check_mapping(token_code: Tensor, tokens: int, codes: int) -> None:
 
 
 def check_counts(token_counts: Tensor | None, tokens: int, reason: str) -> Tensor:
-    """(V,) float64 counts, each plus one. Raises ValueError where they are missing, negative or of another shape."""
+    """(V,) float64 counts, each plus one.
+
+    Raises ValueError where they are missing, negative, not finite or of another shape.
+    """
     if token_counts is None:
         raise ValueError(f"{reason} needs token_counts=, how often each of the {tokens} tokens occurs in the text")
     if token_counts.shape != (tokens,):
         raise ValueError(
             f"token_counts must have shape ({tokens},), one number a token, got {tuple(token_counts.shape)}"
         )
-    if not bool((token_counts >= 0).all()):
-        raise ValueError(f"token_counts must not be negative, got a least value of {token_counts.min().item()}")
+    if not bool((token_counts.isfinite() & (token_counts >= 0)).all()):
+        raise ValueError(
+            f"token_counts must be finite and not negative, got values from {token_counts.min().item()} to "
+            f"{token_counts.max().item()}"
+        )
     return token_counts.double() + 1
 
 
@@ -63,7 +74,7 @@ def make_mapping(
         token_code[order[:frequent]] = torch.arange(frequent, device=device)
         rest = order[frequent:].sort().values
     if start == "kmeans":
-        found = _kmeans(rows[rest], codes - frequent)
+        found = cluster(rows[rest], codes - frequent)
     elif start == "frequency":
         found = _by_count(check_counts(token_counts, tokens, 'start="frequency"').to(device)[rest], codes - frequent)
     else:
@@ -72,7 +83,8 @@ def make_mapping(
     return revive(token_code, token_counts, codes, frequent)[0]
 
 
-def _kmeans(rows: Tensor, codes: int) -> Tensor:  # (R, D) -> (R,)
+def cluster(rows: Tensor, codes: int) -> Tensor:  # (R, D) -> (R,)
+    """The code of each row by mini-batch k-means. Raises ImportError without scikit-learn."""
     if not codes:
         return rows.new_empty(0, dtype=torch.int64)
     try:
@@ -103,6 +115,12 @@ def _by_count(counts: Tensor, codes: int) -> Tensor:  # (R,) -> (R,)
     result = torch.empty_like(order)
     result[order] = torch.tensor(found, dtype=torch.int64, device=counts.device)
     return result
+
+
+def group_means(rows: Tensor, code: Tensor, codes: int) -> Tensor:  # (R, D), (R,)
+    """(codes, D): the mean of the rows of each code; zeros for a code that has none."""
+    sums = rows.new_zeros(codes, rows.shape[1]).index_add(0, code, rows)
+    return sums / torch.bincount(code, minlength=codes).clamp(min=1)[:, None]
 
 
 def revive(

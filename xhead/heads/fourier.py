@@ -50,8 +50,8 @@ class FourierHead(nn.Module):
         in_features: int,
         num_bins: int,
         num_frequencies: int,
-        *,
         regularization: float = 0.0,
+        *,
         scale_free: bool = True,
         floor: float = 1e-5,
         init_scale: float | tuple[float, float] = 0.01,
@@ -80,6 +80,15 @@ class FourierHead(nn.Module):
         """Draw the parameters anew."""
         self.linear.reset_parameters()
         self.scale_parameters()
+
+    def bin_edges(self) -> Tensor:
+        """(m + 1,) float64: bin b is from edge b to edge b + 1; `torch.bucketize(values, edges[1:-1])` gives labels."""
+        return torch.linspace(*self.bounds, self.bins.num_bins + 1, dtype=torch.float64)
+
+    def bin_centers(self) -> Tensor:
+        """(m,) float64: where each bin's density is evaluated."""
+        edges = self.bin_edges()
+        return (edges[1:] + edges[:-1]) / 2
 
     def coefficients(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # (..., D)
         """u and v, the real and imaginary parts of a, each (..., N + 1), in float32 or float64."""

@@ -6,6 +6,8 @@ weight, memory is that of one block's gradient. In bfloat16 with stochastic roun
 Source: plain SGD for the classifier and the fused update as in Renee (MLSys 2023) and ELMO (ICML 2025).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +30,16 @@ class InPlaceClassifier(nn.Module):
         dtype: of the weight. In torch.bfloat16, the hidden states and a block's gradient are rounded to it, and the
             step is rounded up or down at random, so that steps below the weight's precision count on average.
         block: labels whose gradient exists at a time.
+        adaptive: divide a label's step by the root of the sum, over all steps, of its mean squared gradient: row-wise
+            Adagrad, a number a label. Rare labels then learn as fast as frequent ones.
+        reduce: called with each block's gradient before the step, to change it in place: to sum it over processes that
+            hold the same weight, for instance.
 
     Raises ValueError for options that are not allowed.
     """
 
     weight: Tensor
+    squares: Tensor | None
 
     def __init__(
         self,
@@ -43,6 +50,8 @@ class InPlaceClassifier(nn.Module):
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
         block: int = 16384,
+        adaptive: bool = False,
+        reduce: Callable[[Tensor], None] | None = None,
     ):
         super().__init__()
         check_number("lr", lr, 0.0)
@@ -51,8 +60,10 @@ class InPlaceClassifier(nn.Module):
             raise ValueError(f"dtype must be torch.float64, torch.float32 or torch.bfloat16, got {dtype}")
         if min(labels, size, block) < 1:
             raise ValueError(f"labels, size and block must be at least 1, got {labels}, {size} and {block}")
-        self.lr, self.weight_decay, self.block = lr, weight_decay, block
+        self.lr, self.weight_decay, self.block, self.reduce = lr, weight_decay, block, reduce
         self.register_buffer("weight", torch.zeros(labels, size, dtype=dtype))
+        squares = torch.zeros(labels, dtype=torch.promote_types(dtype, torch.float32))
+        self.register_buffer("squares", squares if adaptive else None)
 
     def forward(self, hidden: Tensor) -> "BlockLogits":
         """(n, D) -> (n, L), not computed yet."""
@@ -61,14 +72,20 @@ class InPlaceClassifier(nn.Module):
             # `.data`: autograd must not take the step of one block for a change of what another has saved.
             leaf = self.weight.data[start : start + self.block]
             if self.training and torch.is_grad_enabled():
-                leaf.requires_grad_().register_post_accumulate_grad_hook(self._step)
+                leaf.requires_grad_().register_post_accumulate_grad_hook(partial(self._step, start))
             leaves.append(leaf)
         return BlockLogits(hidden, tuple(leaves))
 
     @torch.no_grad()
-    def _step(self, leaf: Tensor) -> None:
+    def _step(self, start: int, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
+        if self.reduce is not None:
+            self.reduce(gradient)
+        if self.squares is not None:
+            squares = self.squares[start : start + leaf.shape[0]]
+            squares += gradient.to(squares.dtype).square().mean(1)
+            gradient.div_(squares.sqrt().clamp(min=torch.finfo(squares.dtype).tiny)[:, None])
         if leaf.dtype == torch.bfloat16:
             stepped = leaf.float().mul_(1 - self.lr * self.weight_decay).add_(gradient.float(), alpha=-self.lr)
             leaf.data.copy_(stochastically_rounded(stepped))

@@ -8,11 +8,10 @@ With token v in code M(v):
     loss        -log p_v = (lse - hidden . codebook[M(v)] - B_M(v)) + (B_M(v) - b_v)
 
 The loss is the cross-entropy of the code plus a number a token: training is cut cross-entropy over K classes, and no
-activation has V numbers.
+activation has V numbers. With a second code a token, see `xhead.heads.residual_codes`.
 """
 
 import logging
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,54 +19,14 @@ from torch import Tensor, nn
 
 from xhead.heads import register_head
 from xhead.heads.base import Head
-from xhead.heads.codes import STARTS, check_counts, check_mapping, make_mapping, revive
+from xhead.heads.codes import check_counts, check_mapping, check_none_empty, group_means, make_mapping, revive
 from xhead.heads.reassignment import Context, best_codes, nearest_codes, straight_through
+from xhead.heads.residual_codes import fit_codebooks, make_residual_mapping, pair_lse
+from xhead.heads.vq_config import VQConfig
 from xhead.losses.cross_entropy import linear_cross_entropy
 from xhead.statistics import check_range
 
 logger = logging.getLogger(__name__)
-
-TOKEN_BIASES = ("none", "frequency", "learned")
-MAPPINGS = ("fixed", "reassigned", "learned")
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """Options of the head `"vq"`.
-
-    Args:
-        codebook_size: the number of codes K, at most the number of tokens.
-        start: how tokens are put into codes: `"kmeans"` (mini-batch k-means of the replaced projection's rows, with
-            scikit-learn), `"frequency"` (tokens of like counts together, each code with about the same count) or
-            `"random"`. Each row of the codebook starts as the mean of its tokens' rows.
-        frequent: so many of the most frequent tokens have a code of their own, for good.
-        token_bias: b_v. `"none"` (0: the tokens of a code are equally probable, always), `"frequency"` (the logarithm
-            of the token's count plus one) or `"learned"` (V parameters, that start from the counts and from the
-            replaced projection's bias, where there are such).
-        mapping: `"fixed"`, or every `reassign_every` training forwards anew: `"reassigned"` puts each token where its
-            contexts since the last time would have been most probable, `"learned"` next to a row of its own, (V, D)
-            parameters that are trained with the gradient of the token's logit (straight-through). Both keep V x D
-            numbers while training.
-        reassign_every: see `mapping`.
-    """
-
-    codebook_size: int
-    start: str = "kmeans"
-    frequent: int = 0
-    token_bias: str = "none"
-    mapping: str = "fixed"
-    reassign_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name, least in (("codebook_size", 1), ("frequent", 0), ("reassign_every", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if self.frequent > self.codebook_size:
-            raise ValueError(f"frequent must be at most codebook_size={self.codebook_size}, got {self.frequent}")
-        for name, known in (("start", STARTS), ("token_bias", TOKEN_BIASES), ("mapping", MAPPINGS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 @register_head("vq", VQConfig)
@@ -75,7 +34,10 @@ class VQHead(Head):
     """Logits of V tokens from K codes: see the module's formulas.
 
     Buffers: `token_code` (V,) the code of each token; `code_weight` (K,) and, with `token_bias="frequency"`,
-    `token_weight` (V,) the integers whose logarithms are B and b, exact in any dtype of the model.
+    `token_weight` (V,) the integers whose logarithms are B and b, exact in any dtype of the model; with
+    `residual_size`, `residual_code` (V,), beside the parameter `residual_codebook`.
+
+    Rows of `hidden` that are not finite give NaN.
 
     Raises ValueError where there are more codes than tokens, or fewer codes than are left beside the frequent tokens.
     """
@@ -85,6 +47,10 @@ class VQHead(Head):
         codes = config.codebook_size
         if codes > out_features:
             raise ValueError(f"codebook_size must be at most the number of tokens, {out_features}, got {codes}")
+        if config.residual_size > out_features:
+            raise ValueError(
+                f"residual_size must be at most the number of tokens, {out_features}, got {config.residual_size}"
+            )
         if config.frequent == codes < out_features:
             raise ValueError(
                 f"frequent={config.frequent} leaves none of codebook_size={codes} to the other "
@@ -102,12 +68,23 @@ class VQHead(Head):
             self.token_bias = nn.Parameter(torch.zeros(out_features))
         if config.mapping == "learned":
             self.token_rows = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features**-0.5))
+        if config.residual_size:
+            drawn = torch.empty(config.residual_size, in_features).normal_(std=in_features**-0.5)
+            self.residual_codebook = nn.Parameter(drawn)
+            self.register_buffer("residual_code", torch.arange(out_features) // codes % config.residual_size)
         self._forwards = 0
         self._context: Context | None = None
 
     token_code: Tensor
     code_weight: Tensor
     token_weight: Tensor
+    residual_code: Tensor
+
+    @property
+    def cells(self) -> Tensor:
+        """(V,): tokens of one number share all their codes. With one code a token, this is it."""
+        size = self.config.residual_size
+        return self.token_code * size + self.residual_code if size else self.token_code
 
     def start_from(
         self,
@@ -115,37 +92,69 @@ class VQHead(Head):
         *,
         token_counts: Tensor | None = None,  # (V,)
         token_code: Tensor | None = None,  # (V,) int64
+        residual_code: Tensor | None = None,  # (V,) int64
     ) -> None:
         """Make the mapping from the projection's rows and the tokens' counts, and the codebook of the rows' means.
 
-        token_code: a mapping of one's own, in the place of `start` and `frequent`; its first `frequent` codes are those
-            that stay as they are.
+        Two codebooks are fitted such that their sums are near the rows, in least squares.
 
-        Raises ValueError for counts that are missing where they are needed, and for a mapping out of range or with
-        empty codes; ImportError where k-means is wanted without scikit-learn.
+        token_code, residual_code: mappings of one's own, in the place of `start` and `frequent`; the first `frequent`
+            codes are those that stay as they are.
+
+        Raises ValueError for a projection that is not finite, for counts that are missing where they are needed, and
+        for a mapping out of range or with empty codes; ImportError where k-means is wanted without scikit-learn.
         """
         config, rows = self.config, projection.weight.detach()
+        if not bool(rows.isfinite().all()):
+            raise ValueError(
+                f"the projection has {int((~rows.isfinite()).sum())} weights that are not finite, and no codebook can "
+                "be made of its rows; mend or initialise the model first"
+            )
+        size, residual_size = config.codebook_size, config.residual_size
         if token_code is None:
-            token_code = make_mapping(config.start, config.codebook_size, config.frequent, rows, token_counts)
-        check_mapping(token_code, self.out_features, config.codebook_size)
-        token_code = token_code.to(rows.device)
-        codes = self.codebook.new_zeros(self.codebook.shape, dtype=torch.float64)
-        codes.index_add_(0, token_code, rows.double())
+            token_code = make_mapping(config.start, size, config.frequent, rows, token_counts)
+        if residual_code is None and residual_size:
+            check_mapping(token_code, self.out_features, size)
+            residual_code = make_residual_mapping(
+                config.start, token_code.to(rows.device), residual_size, rows, token_counts
+            )
+        self.remap(token_code, residual_code)
         with torch.no_grad():
-            self.codebook.copy_(codes / torch.bincount(token_code)[:, None])
+            if residual_size:
+                found = fit_codebooks(rows, self.token_code, self.residual_code, size, residual_size)
+                self.codebook.copy_(found[0])
+                self.residual_codebook.copy_(found[1])
+            else:
+                self.codebook.copy_(group_means(rows.double(), self.token_code, size))
             if config.mapping == "learned":
                 self.token_rows.copy_(rows)
             if config.token_bias == "frequency":
                 self.token_weight.copy_(check_counts(token_counts, self.out_features, 'token_bias="frequency"'))
             if config.token_bias == "learned":
-                self.token_bias.copy_(_first_bias(projection, token_code, token_counts))
-        self.remap(token_code)
+                self.token_bias.copy_(_first_bias(projection, self.cells, token_counts))
+        self._weigh_codes()
 
     @torch.no_grad()
-    def remap(self, token_code: Tensor) -> None:  # (V,) int64
-        """Put the tokens into these codes. Raises TypeError or ValueError for what is no mapping to all K codes."""
+    def remap(
+        self,
+        token_code: Tensor,  # (V,) int64
+        residual_code: Tensor | None = None,  # (V,) int64
+    ) -> None:
+        """Put the tokens into these codes; residual codes that are not given stay.
+
+        Raises TypeError or ValueError for what is no mapping to all K codes, or to residual codes that there are.
+        """
         check_mapping(token_code, self.out_features, self.config.codebook_size)
+        check_none_empty(token_code, self.config.codebook_size)
+        if residual_code is not None:
+            if not self.config.residual_size:
+                raise ValueError("residual_code needs a head with residual_size, which is 0 here")
+            check_mapping(residual_code, self.out_features, self.config.residual_size, "residual_code")
+            self.residual_code.copy_(residual_code)
         self.token_code.copy_(token_code)
+        self._weigh_codes()
+
+    def _weigh_codes(self) -> None:
         weight = self.token_weight if self.config.token_bias == "frequency" else torch.ones_like(self.token_code)
         self.code_weight.zero_().index_add_(0, self.token_code, weight)
 
@@ -169,14 +178,19 @@ class VQHead(Head):
         return torch.zeros_like(lowest).index_add(0, self.token_code, shifted).log() + largest
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D)
-        """(..., V): `o_v = hidden . codebook[M(v)] + b_v`. K dot products a row, and one gather."""
+        """(..., V): the logits o_v. K dot products a row and a gather; with two codes, also S and another gather."""
         logits = F.linear(hidden, self.codebook.to(hidden.dtype)).index_select(-1, self.token_code)
+        if self.config.residual_size:
+            residual = F.linear(hidden, self.residual_codebook.to(hidden.dtype))
+            logits = logits + residual.index_select(-1, self.residual_code)
         token_bias = self._token_bias(torch.promote_types(hidden.dtype, torch.float32))
         return logits if token_bias is None else (logits + token_bias).to(logits.dtype)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:  # (..., D)
-        """(..., V): `log p_v`, in float32 (float64 for float64 `hidden`). The normaliser is summed over the K codes."""
+        """(..., V): `log p_v`, in float32 (float64 for float64 `hidden`). With one code a token, K are normalised."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
+        if self.config.residual_size:
+            return self.logits(hidden.to(dtype)).log_softmax(-1)
         codes = F.linear(hidden, self.codebook.to(hidden.dtype)).to(dtype)
         codes = codes - (codes + self._code_bias(dtype)).logsumexp(-1, keepdim=True)
         log_p = codes.index_select(-1, self.token_code)
@@ -189,8 +203,10 @@ class VQHead(Head):
         return values, tokens
 
     def loss_rows(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (n, D), (n,) int64
-        """(n,): `-log p_y` in nats, from K logits a row that are not built either."""
+        """(n,): `-log p_y` in nats, from K logits a row that are not built either; with two codes, from K + S."""
         check_range("label", labels, self.out_features)
+        if self.config.residual_size:
+            return self._pair_loss_rows(hidden, labels)
         changing = self.config.mapping != "fixed" and self.training and torch.is_grad_enabled()
         if changing:
             self._count_forward()
@@ -212,6 +228,16 @@ class VQHead(Head):
             self._context.add(hidden, labels, lse, codebook)
         rows = rows + (code_bias[codes] if token_bias is None else code_bias[codes] - token_bias)
         return rows if correction is None else rows + correction
+
+    def _pair_loss_rows(self, hidden: Tensor, labels: Tensor) -> Tensor:  # (n, D), (n,) int64
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        wide = hidden.to(dtype)
+        first, second = F.linear(wide, self.codebook.to(dtype)), F.linear(wide, self.residual_codebook.to(dtype))
+        lse = pair_lse(first, second, self.token_code, self.residual_code, self._token_bias(dtype))
+        target = first.gather(-1, self.token_code[labels, None]) + second.gather(-1, self.residual_code[labels, None])
+        token_bias = self._token_bias(dtype, labels)
+        rows = lse - target.squeeze(-1)
+        return rows if token_bias is None else rows - token_bias
 
     def _count_forward(self) -> None:
         if self._forwards and self._forwards % self.config.reassign_every == 0:
@@ -250,17 +276,15 @@ class VQHead(Head):
 
 def _first_bias(
     projection: nn.Linear,
-    token_code: Tensor,  # (V,)
+    cells: Tensor,  # (V,)
     token_counts: Tensor | None,  # (V,)
 ) -> Tensor:  # (V,)
-    """The projection's own biases, and what a token's log-count is above the mean of its code's.
+    """The projection's own biases, and what a token's log-count is above the mean of its cell's.
 
-    The code's mean is left to the codebook: where the projection is trained, its rows hold it already.
+    The cell's mean is left to the codebook: where the projection is trained, its rows hold it already.
     """
-    bias = torch.zeros_like(token_code, dtype=torch.float64)
+    bias = torch.zeros_like(cells, dtype=torch.float64)
     if token_counts is not None:
-        log_counts = check_counts(token_counts, len(token_code), "token_bias").to(token_code.device).log()
-        sizes = torch.bincount(token_code)
-        means = torch.zeros_like(sizes, dtype=torch.float64).index_add(0, token_code, log_counts) / sizes
-        bias = log_counts - means[token_code]
+        log_counts = check_counts(token_counts, len(cells), "token_bias").to(cells.device).log()
+        bias = log_counts - group_means(log_counts[:, None], cells, int(cells.max()) + 1)[cells, 0]
     return bias if projection.bias is None else bias + projection.bias.double()

@@ -48,7 +48,7 @@ def topk(
     if not 1 <= k <= classes:
         raise ValueError(f"k must be from 1 to the number of classes, {classes}, got {k}")
     found = []
-    for rows, shift, _ in _row_blocks(hidden, weight, offset, None, block):
+    for _, rows, shift in _row_blocks(hidden, weight, offset, block):
         best_key = best_score = best_class = None
         for start, scores in _scores(rows, shift, weight, bias, block):
             key = scores if order is None else order(scores)
@@ -97,38 +97,72 @@ def ranks(
         IndexError: a target outside `[0, V)`.
         RuntimeError: shapes that do not fit together.
     """
+    check_ranks(hidden, target, weight.shape[0], ties)
+    _check(hidden, weight, offset, block)
+    own = (hidden * weight[target.long()]).sum(-1)
+    own = own if bias is None else own + bias[target.long()]
+    own = own if offset is None else own + offset
+    own = own if order is None else order(own)
+    return place_of(*count_before(hidden, weight, own, target, bias, offset, order, block), ties)
+
+
+def check_ranks(hidden: Tensor, target: Tensor, classes: int, ties: str) -> None:
+    """Raises as `ranks` for ties, and for a target of another shape or out of range."""
     if ties not in TIES:
         raise ValueError(f"ties must be one of {', '.join(TIES)}, got {ties!r}")
     if target.shape != hidden.shape[:-1]:
         raise RuntimeError(f"target must be {tuple(hidden.shape[:-1])}, a class a row, got {tuple(target.shape)}")
-    check_range("target", target, weight.shape[0])
-    found = []
-    for rows, shift, wanted in _row_blocks(hidden, weight, offset, target, block):
-        assert wanted is not None
-        own = (rows * weight[wanted]).sum(1)
-        own = own if bias is None else own + bias[wanted]
-        own = own if shift is None else own + shift
-        own = (own if order is None else order(own))[:, None]
-        above = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-        equal = torch.zeros_like(above)
-        for start, scores in _scores(rows, shift, weight, bias, block):
+    check_range("target", target, classes)
+
+
+def place_of(above: Tensor, equal: Tensor, ties: str) -> Tensor:
+    """The place of a class with so many `above` it and so many others `equal` to it, as `ranks` returns it."""
+    share = TIES[ties]
+    return 1 + above + (share * equal.float() if ties == "mean" else int(share) * equal)
+
+
+def count_before(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    own: Tensor,  # (...)
+    target: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    offset: Tensor | None = None,  # (...)
+    order: Order | None = None,
+    block: int = 8192,
+) -> tuple[Tensor, Tensor]:
+    """`#{k != target: order(o_k) > own}` and `#{k != target: order(o_k) = own}` of each row, (...) int64 both.
+
+    target: the class that does not compete; one outside `[0, V)` is none of these classes.
+    """
+    above = torch.zeros(hidden.shape[:-1].numel(), dtype=torch.int64, device=hidden.device)
+    equal = torch.zeros_like(above)
+    own, target = own.reshape(-1, 1), target.reshape(-1).long()
+    for rows, some, shift in _row_blocks(hidden, weight, offset, block):
+        for start, scores in _scores(some, shift, weight, bias, block):
             key = scores if order is None else order(scores)
-            # The target itself is in one of the blocks, maybe rounded otherwise there: it does not compete.
-            here = (wanted >= start) & (wanted < start + key.shape[1])
-            place = (wanted - start)[here, None]
+            # The target itself is in one of the blocks, maybe rounded otherwise there.
+            here = (target[rows] >= start) & (target[rows] < start + key.shape[1])
+            place = (target[rows] - start)[here, None]
             key = key.contiguous()
             key[here] = key[here].scatter(1, place, -torch.inf)
-            above += (key > own).sum(1)
-            equal += (key == own).sum(1)
-        found.append(1 + above + (TIES[ties] * equal if ties == "mean" else int(TIES[ties]) * equal))
-    dtype = torch.float32 if ties == "mean" else torch.int64
-    joined = torch.cat(found) if found else torch.empty(0, device=hidden.device)
-    return joined.to(dtype).reshape(target.shape)
+            above[rows] += (key > own[rows]).sum(1)
+            equal[rows] += (key == own[rows]).sum(1)
+    return above.reshape(hidden.shape[:-1]), equal.reshape(hidden.shape[:-1])
 
 
 def _row_blocks(
-    hidden: Tensor, weight: Tensor, offset: Tensor | None, target: Tensor | None, block: int
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    hidden: Tensor, weight: Tensor, offset: Tensor | None, block: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    _check(hidden, weight, offset, block)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    step = max(1, SCORES_AT_ONCE // max(1, min(block, weight.shape[0])))
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
+        yield rows, flat[rows], None if offset is None else offset.reshape(-1)[rows]
+
+
+def _check(hidden: Tensor, weight: Tensor, offset: Tensor | None, block: int) -> None:
     if block < 1:
         raise ValueError(f"block must be at least 1 class, got {block}")
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -137,15 +171,6 @@ def _row_blocks(
         )
     if offset is not None and offset.shape != hidden.shape[:-1]:
         raise RuntimeError(f"offset must be {tuple(hidden.shape[:-1])}, a number a row, got {tuple(offset.shape)}")
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    step = max(1, SCORES_AT_ONCE // min(block, weight.shape[0]))
-    for start in range(0, len(flat), step):
-        rows = slice(start, start + step)
-        yield (
-            flat[rows],
-            None if offset is None else offset.reshape(-1)[rows],
-            None if target is None else target.reshape(-1)[rows].long(),
-        )
 
 
 def _scores(

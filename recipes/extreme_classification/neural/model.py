@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recipes.extreme_classification.neural.encoders import BagEncoder, TextEncoder
+from recipes.extreme_classification.neural.encoders import Encoder
+from recipes.extreme_classification.neural.inputs import Inputs
 from recipes.extreme_classification.neural.options import NeuralOptions
 from xhead.heads import InPlaceClassifier, LabelEncoderHead
 from xhead.losses.vectors import unit
 
 CLASSIFIER, DUAL_ENCODER = "classifier", "dual_encoder"
+ENCODED_AT_ONCE = 1024
+
+
+def normalises(kind: str, options: NeuralOptions) -> bool:
+    """Whether documents and labels become unit vectors."""
+    return kind == DUAL_ENCODER and options.normalise
 
 
 class XmcModel(nn.Module):
@@ -21,19 +29,28 @@ class XmcModel(nn.Module):
 
     A classifier's v_k are trained inside the backward (`InPlaceClassifier`); a dual encoder's come from the label's
     text through the encoder of the documents (`LabelEncoderHead`), and all vectors are unit vectors if `normalise`.
+
+    Args:
+        kind: `classifier` or `dual_encoder`.
+        encoder: of documents, and of a dual encoder's labels.
+        options: what the command line says.
+        labels: how many there are.
+        label_inputs: a dual encoder's label texts.
+        reduce: sums a gradient over processes, in place.
     """
 
     def __init__(
         self,
         kind: str,
-        encoder: TextEncoder | BagEncoder,
+        encoder: Encoder,
         options: NeuralOptions,
         labels: int,
-        label_inputs: dict[str, Tensor] | None,
+        label_inputs: Inputs | None = None,
+        reduce: Callable[[Tensor], None] | None = None,
     ):
         super().__init__()
         self.kind, self.encoder = kind, encoder
-        self.normalise = kind == DUAL_ENCODER and options.normalise
+        self.normalise = normalises(kind, options)
         self.temperature = options.temperature or (0.05 if self.normalise else 1.0)
         self.head: LabelEncoderHead | InPlaceClassifier
         if kind == CLASSIFIER:
@@ -42,46 +59,51 @@ class XmcModel(nn.Module):
                 encoder.size,
                 lr=options.classifier_learning_rate,
                 dtype=getattr(torch, options.classifier_dtype),
+                adaptive=options.classifier_adaptive,
+                reduce=reduce,
             )
         else:
             assert label_inputs is not None
             self.head = LabelEncoderHead(
                 encoder,
-                label_inputs,
+                label_inputs.batch(np.arange(labels)),
                 chunk=options.label_chunk,
                 normalise=self.normalise,
                 own_vectors=encoder.size if options.own_vectors else None,
             )
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
     def encode(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Token ids and mask, each (n, T) -> (n, D)"""
-        vectors = self.encoder(**inputs)
+        """The encoder's arguments, each (n, T) -> (n, D)"""
+        vectors = self.encoder(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
         return unit(vectors) if self.normalise else vectors
 
     def logits(self, inputs: dict[str, Tensor], index: Tensor | None = None) -> Any:
         """Of the labels in `index` (B,), or of all: (n, B) or (n, L), not computed yet."""
         hidden = self.encode(inputs)
         if isinstance(self.head, LabelEncoderHead):
-            return self.head(hidden, index) / self.temperature
+            return self.head(hidden, None if index is None else index.to(self.device)) / self.temperature
         return self.head(hidden) / self.temperature
 
     @torch.no_grad()
     def label_vectors(self) -> Tensor:
-        """(L, D) float32"""
-        head = self.head
-        return (head.vectors() if isinstance(head, LabelEncoderHead) else head.weight).float()
+        """(L, D) float32, in evaluation mode."""
+        head, training = self.head, self.training
+        self.eval()
+        vectors = head.vectors() if isinstance(head, LabelEncoderHead) else head.weight
+        self.train(training)
+        return vectors.float()
 
     @torch.no_grad()
-    def document_vectors(self, inputs: dict[str, Tensor], batch: int = 1024) -> Tensor:
-        """(n, D), in evaluation mode."""
+    def document_vectors(self, inputs: Inputs, rows: np.ndarray | None = None) -> Tensor:
+        """Of some documents, or of all: (n, D), in evaluation mode. rows: (n,)"""
+        rows = np.arange(len(inputs)) if rows is None else rows
         training = self.training
         self.eval()
-        pieces = [self.encode(part) for part in batches_of(inputs, batch)]
+        starts = range(0, len(rows), ENCODED_AT_ONCE)
+        pieces = [self.encode(inputs.batch(rows[start : start + ENCODED_AT_ONCE])) for start in starts]
         self.train(training)
-        return torch.cat(pieces) if pieces else torch.zeros(0, self.encoder.size)
-
-
-def batches_of(inputs: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """The inputs, some rows at a time."""
-    for start in range(0, next(iter(inputs.values())).shape[0], size):
-        yield {name: tensor[start : start + size] for name, tensor in inputs.items()}
+        return torch.cat(pieces) if pieces else torch.zeros(0, self.encoder.size, device=self.device)

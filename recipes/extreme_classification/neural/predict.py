@@ -3,11 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.extreme_classification.neural.run import Predictor
+import numpy as np
+import torch
+from safetensors.torch import load_file, load_model
+
+from recipes.extreme_classification.neural.encoders import make_encoder
+from recipes.extreme_classification.neural.inputs import load_reader
+from recipes.extreme_classification.neural.model import normalises
+from recipes.extreme_classification.neural.options import NeuralOptions
+from recipes.extreme_classification.neural.run import DESCRIPTION, ENCODER, INDEX, LABEL_TEXTS, VECTORS
 from recipes.one_billion_word.errors import RecipeError
+from xhead.losses.vectors import unit
+from xhead.retrieval import MaximumInnerProduct, topk
+
+
+class Predictor:
+    """An exported model: the k best labels of new texts, by its faiss index if it has one, else exact.
+
+    Raises:
+        RecipeError: the folder holds no exported model.
+    """
+
+    def __init__(self, folder: Path):
+        if not (folder / VECTORS).is_file():
+            raise RecipeError(f"{folder} holds no {VECTORS}: train a model with --output_dir {folder} first")
+        description = json.loads((folder / DESCRIPTION).read_text())
+        kind, labels = description.pop("kind"), description.pop("labels")
+        options = NeuralOptions(**description)
+        self.normalise = normalises(kind, options)
+        self.reader = load_reader(options, folder)
+        self.encoder = make_encoder(options, self.reader.size).eval()
+        load_model(self.encoder, folder / ENCODER)
+        self.vectors = load_file(folder / VECTORS)["vectors"]
+        indexed = (folder / INDEX).is_file()
+        self.index = MaximumInnerProduct.load(folder / INDEX, self.vectors) if indexed else None
+        names = folder / LABEL_TEXTS
+        self.names = names.read_text().splitlines() if names.is_file() else [str(label) for label in range(labels)]
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], k: int = 5) -> list[list[tuple[str, float]]]:
+        """For each text, the k best labels and their scores, the best first."""
+        if not texts:
+            return []
+        hidden = self.encoder(**self.reader(texts).batch(np.arange(len(texts)))).float()
+        hidden = unit(hidden) if self.normalise else hidden
+        k = min(k, len(self.vectors))
+        found = topk(hidden, self.vectors, k) if self.index is None else self.index.topk(hidden, k)
+        return [
+            [(self.names[label], score) for label, score in zip(*row, strict=True) if label >= 0]
+            for row in zip(found.classes.tolist(), found.scores.tolist(), strict=True)
+        ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,8 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     texts = options.texts or [line.strip() for line in sys.stdin if line.strip()]
     try:
+        if options.k < 1:
+            raise RecipeError(f"--k is {options.k}; it must be at least 1")
         found = Predictor(options.folder)(texts, options.k)
-    except RecipeError as error:
+    except (RecipeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     for text, labels in zip(texts, found, strict=True):

@@ -1,32 +1,37 @@
-"""Train, export and measure a neural model, and use an exported one on new texts."""
+"""Train, export and measure a neural model."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, load_model, save_file
-from transformers import AutoTokenizer
+from safetensors.torch import save_file, save_model
 
-from recipes.extreme_classification.dataset import Splits
-from recipes.extreme_classification.evaluation import measure, ranks_needed, write_evaluation
-from recipes.extreme_classification.neural.encoders import make_encoder, make_tokenizer, tokenize
-from recipes.extreme_classification.neural.model import DUAL_ENCODER, XmcModel
+from recipes.extreme_classification.dataset import Dataset, Splits
+from recipes.extreme_classification.evaluation import Clock, measure, ranks_needed, write_evaluation
+from recipes.extreme_classification.neural.encoders import make_encoder
+from recipes.extreme_classification.neural.inputs import load_reader, make_reader
+from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.options import NeuralOptions
-from recipes.extreme_classification.neural.training import BEST, LAST, Documents, Training, predict
+from recipes.extreme_classification.neural.processes import processes, sum_over_processes
+from recipes.extreme_classification.neural.training import LAST, Documents, Training, predict
 from recipes.one_billion_word.errors import RecipeError
-from xhead.retrieval import topk
+from xhead.retrieval import MaximumInnerProduct
 
-DESCRIPTION, VECTORS, LABEL_TEXTS = "options.json", "labels.safetensors", "labels.txt"
+DESCRIPTION, LABEL_TEXTS = "options.json", "labels.txt"
+ENCODER, VECTORS, INDEX = "encoder.safetensors", "labels.safetensors", "labels.faiss"
+FREE_TO_CHANGE = ("output_dir", "resume", "preset", "patience", "index", "label_chunk")
 
 
 def run_model(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -> dict[str, Any]:
     """Train on the training split, export the best model to the folder, and measure it on the test split.
+
+    Started by `accelerate launch`, every process calls it; the main one writes.
 
     Args:
         kind: `classifier` or `dual_encoder`.
@@ -35,77 +40,80 @@ def run_model(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -
         folder: where the model, its checkpoints and results.json go.
 
     Returns:
-        What results.json holds.
+        What results.json holds; nothing where the process is not the main one.
 
     Raises:
-        RecipeError: the data set has no texts of documents, or of labels where these are encoded.
+        RecipeError: the data set has no texts of documents, or of labels where these are encoded; a run that cannot be
+            gone on with.
     """
     train, test = splits.train, splits.test
     if train.texts is None or test.texts is None:
         raise RecipeError(f"--model {kind} reads texts, and {splits.name} has features only: use --model linear")
     if kind == DUAL_ENCODER and train.label_texts is None:
         raise RecipeError(f"--model {kind} reads label texts, and {splits.name} has none: use --model classifier")
+    state = processes()
+    if kind == CLASSIFIER and options.classifier_dtype == "bfloat16" and state.num_processes > 1:
+        raise RecipeError("--classifier_dtype bfloat16 rounds at random in each process: use float32, or one process")
+    if options.index is not None and importlib.util.find_spec("faiss") is None:
+        raise RecipeError(f"--index {options.index} needs faiss: pip install faiss-cpu")
+    clock = Clock()
     torch.manual_seed(options.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    label_texts = train.label_texts
-    kept = folder / "tokenizer"
-    if options.resume and (folder / LAST).is_file():  # a tokenizer trained again may number its tokens otherwise
-        tokenizer = AutoTokenizer.from_pretrained(kept)
-    else:
-        tokenizer = make_tokenizer(options, [*train.texts, *(label_texts or ())])
-        tokenizer.save_pretrained(kept)
-    label_inputs = None
-    if kind == DUAL_ENCODER and label_texts is not None:
-        label_inputs = tokenize(tokenizer, label_texts, options.max_length)
-    model = XmcModel(kind, make_encoder(options, tokenizer), options, train.shape[1], label_inputs)
-    (folder / DESCRIPTION).write_text(json.dumps({"kind": kind, "labels": train.shape[1], **asdict(options)}, indent=1))
-    if label_texts is not None:
-        (folder / LABEL_TEXTS).write_text("".join(" ".join(text.split()) + "\n" for text in label_texts))
-
-    start = time.perf_counter()
-    documents = Documents(tokenize(tokenizer, train.texts, options.max_length), train.labels)
-    training = Training(model, options, documents, folder)
+    with state.main_process_first():
+        if state.is_main_process:
+            _start(kind, train, options, folder)
+        reader = load_reader(options, folder)
+        tokens = folder / "tokens"
+        documents, tests = reader(train.texts, tokens / "train"), reader(test.texts, tokens / "test")
+        labels = reader(train.label_texts, tokens / "labels") if kind == DUAL_ENCODER and train.label_texts else None
+    encoder = make_encoder(options, reader.size)
+    model = XmcModel(kind, encoder, options, train.shape[1], labels, sum_over_processes).to(state.device)
+    training = Training(model, options, Documents(documents, train.labels, np.arange(train.shape[0])), folder, state)
     training.run()
-    seconds = time.perf_counter() - start
-    model.eval()
-    save_file({"vectors": model.label_vectors().contiguous()}, folder / VECTORS)
-    found = predict(model, tokenize(tokenizer, test.texts, options.max_length), ranks_needed(splits))[1]
+    if not state.is_main_process:
+        return {}
+    export(model, options, folder)
+    found = predict(model, tests, ranks_needed(splits))[1]
     return write_evaluation(
         measure(splits, found.numpy()),
         folder,
         model=f"{kind}, {options.loss}",
         options=asdict(options),
-        seconds=seconds,
+        clock=clock,
+        processes=state.num_processes,
         history=training.history,
     )
 
 
-class Predictor:
-    """An exported model: the k best labels of new texts."""
+def _start(kind: str, train: Dataset, options: NeuralOptions, folder: Path) -> None:
+    """What reads texts, the options and the label texts, written to the folder; left as they are on resuming."""
+    description = {"kind": kind, "labels": train.shape[1], **asdict(options)}
+    if options.resume and (folder / LAST).is_file():
+        before = json.loads((folder / DESCRIPTION).read_text())
+        changed = [name for name in description if name not in FREE_TO_CHANGE and before.get(name) != description[name]]
+        if changed:
+            name = changed[0]
+            raise RecipeError(
+                f"--resume goes on with the run in {folder}, where {name} is {before.get(name)!r} and not "
+                f"{description[name]!r}: give the same options, or another --output_dir"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in (LAST, INDEX):
+        (folder / left).unlink(missing_ok=True)
+    label_texts = train.label_texts or ()
+    make_reader(options, [*(train.texts or ()), *label_texts]).save(folder)
+    if label_texts:
+        (folder / LABEL_TEXTS).write_text("".join(" ".join(text.split()) + "\n" for text in label_texts))
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
-    def __init__(self, folder: Path):
-        """Raises RecipeError where the folder holds no exported model."""
-        if not (folder / VECTORS).is_file():
-            raise RecipeError(f"{folder} holds no {VECTORS}: train a model with --output_dir {folder} first")
-        description = json.loads((folder / DESCRIPTION).read_text())
-        kind, labels = description.pop("kind"), description.pop("labels")
-        self.options = NeuralOptions(**description)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        self.vectors = load_file(folder / VECTORS)["vectors"]
-        encoder = make_encoder(self.options, self.tokenizer)
-        # The label vectors are there: no label is encoded again.
-        inputs = tokenize(self.tokenizer, ["label"] * labels, 8) if kind == DUAL_ENCODER else None
-        self.model = XmcModel(kind, encoder, self.options, labels, inputs).eval()
-        load_model(self.model, folder / BEST)
-        names = folder / LABEL_TEXTS
-        self.names = names.read_text().splitlines() if names.is_file() else [str(label) for label in range(labels)]
 
-    def __call__(self, texts: Sequence[str], k: int = 5) -> list[list[tuple[str, float]]]:
-        """For each text, the k best labels and their scores, the best first."""
-        hidden = self.model.document_vectors(tokenize(self.tokenizer, texts, self.options.max_length)).float()
-        found = topk(hidden, self.vectors, min(k, len(self.vectors)))
-        scores = (found.scores / self.model.temperature).tolist()
-        return [
-            [(self.names[label], score) for label, score in zip(*row, strict=True)]
-            for row in zip(found.classes.tolist(), scores, strict=True)
-        ]
+def export(model: XmcModel, options: NeuralOptions, folder: Path) -> None:
+    """Write the encoder, the label vectors over the temperature, and a faiss index of these if one is wanted."""
+    save_model(model.encoder, str(folder / ENCODER))
+    vectors = (model.label_vectors() / model.temperature).cpu().contiguous()
+    save_file({"vectors": vectors}, folder / VECTORS)
+    if options.index is not None:
+        index = MaximumInnerProduct(vectors, description=options.index)
+        index.save(folder / INDEX)
+        found = index.recall(vectors[:1000], min(5, len(vectors)))
+        print(f"index {options.index}: finds {100 * found:.1f} % of the 5 nearest labels of the first 1,000")

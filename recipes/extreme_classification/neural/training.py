@@ -8,14 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_model, save_model
 from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
+from recipes.extreme_classification.neural.inputs import Inputs
 from recipes.extreme_classification.neural.model import DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.options import NeuralOptions
+from recipes.extreme_classification.neural.processes import (
+    of_main_process,
+    own_share,
+    seed_apart,
+    sum_gradients,
+    sum_over_processes,
+)
 from recipes.one_billion_word.checkpoints import written_aside
 from recipes.one_billion_word.errors import RecipeError
 from xhead.heads import InPlaceClassifier
@@ -28,40 +37,66 @@ BEST, LAST = "model.safetensors", "checkpoint.pt"
 
 @dataclass(frozen=True)
 class Documents:
-    """Tokens and label sets."""
+    """Some rows of encoder inputs, and of label sets."""
 
-    inputs: dict[str, Tensor]  # each (n, T)
-    labels: csr_matrix  # (n, L)
+    inputs: Inputs
+    labels: csr_matrix  # (all rows, L)
+    rows: np.ndarray  # (n,)
 
-    def rows(self, index: Tensor) -> Documents:
+    def part(self, index: Tensor) -> Documents:
         """Some of them. index: (b,)"""
-        return Documents({name: tensor[index] for name, tensor in self.inputs.items()}, self.labels[index.numpy()])
+        return Documents(self.inputs, self.labels, self.rows[index.numpy()])
 
-    def __len__(self) -> int:
-        return self.labels.shape[0]  # pyright: ignore
+    def batch(self) -> dict[str, Tensor]:
+        return self.inputs.batch(self.rows)
 
     def padded_labels(self) -> Tensor:
         """(n, K), -1 for none"""
-        counts = np.diff(self.labels.indptr)
+        labels = self.labels[self.rows]
+        counts = np.diff(labels.indptr)
         padded = np.full((len(self), max(int(counts.max(initial=0)), 1)), -1, dtype=np.int64)
-        padded[np.arange(padded.shape[1]) < counts[:, None]] = self.labels.indices
+        padded[np.arange(padded.shape[1]) < counts[:, None]] = labels.indices
         return torch.from_numpy(padded)
+
+    @property
+    def label_count(self) -> int:
+        return self.labels.shape[1]  # pyright: ignore
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 class Training:
-    """A model, its optimiser, and what a run that goes on needs to know."""
+    """A model, its optimiser, and what a run that goes on needs to know.
 
-    def __init__(self, model: XmcModel, options: NeuralOptions, documents: Documents, folder: Path):
-        self.model, self.options, self.folder = model, options, folder
+    Args:
+        model: on its device.
+        options: of the run.
+        documents: of training; some are held out to stop by.
+        folder: for the best model and the last state.
+        state: the processes that train together.
+
+    Raises:
+        RecipeError: too few documents.
+    """
+
+    def __init__(
+        self, model: XmcModel, options: NeuralOptions, documents: Documents, folder: Path, state: PartialState
+    ):
+        self.model, self.options, self.folder, self.state = model, options, folder, state
         self.generator = torch.Generator().manual_seed(options.seed)
         order = torch.randperm(len(documents), generator=self.generator)
         kept_out = max(1, round(options.held_out * len(documents)))
         if kept_out >= len(documents):
             raise RecipeError(f"{len(documents)} documents are too few to hold {kept_out} of them out")
-        self.held_out, self.train = documents.rows(order[:kept_out]), documents.rows(order[kept_out:])
+        self.held_out, self.train = documents.part(order[:kept_out]), documents.part(order[kept_out:])
         self.loss = get_loss(options.loss, **options.parsed_loss_options)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+            model.parameters(),
+            lr=options.learning_rate,
+            eps=options.adam_epsilon,
+            weight_decay=options.weight_decay,
+            fused=True,
         )
         self.steps = -(-len(self.train) // options.batch_size)
         total = self.steps * options.epochs
@@ -74,39 +109,53 @@ class Training:
         """Train to the end, or until the held-out documents get no better; the best model is left in the folder."""
         if self.options.resume and (self.folder / LAST).is_file():
             self._load()
+        seed_apart(self.options.seed + self.epoch, self.state)
         while self.epoch < self.options.epochs and self.waited < self.options.patience:
             loss = self._train_epoch()
-            quality = self.quality(self.held_out)
+            quality = of_main_process(self.quality(self.held_out))
             self.epoch += 1
             self.history.append({"epoch": self.epoch, "loss": loss, "held_out_nDCG@5": quality})
-            print(f"epoch {self.epoch}: loss {loss:.4f}, held-out nDCG@5 {100 * quality:.2f}", flush=True)
+            if self.state.is_main_process:
+                print(f"epoch {self.epoch}: loss {loss:.4f}, held-out nDCG@5 {100 * quality:.2f}", flush=True)
             self.waited += 1
             if quality > self.best:
                 self.best, self.waited = quality, 0
-                with written_aside(self.folder / BEST) as path:
-                    save_model(self.model, str(path))
-            self._save()
+                if self.state.is_main_process:
+                    with written_aside(self.folder / BEST) as path:
+                        save_model(self.model, str(path))
+            if self.state.is_main_process:
+                self._save()
+        self.state.wait_for_everyone()
         load_model(self.model, str(self.folder / BEST))
 
     def _train_epoch(self) -> float:
-        if self.epoch % self.options.refresh_epochs == 0 or self.document_vectors is None:
+        if self.epoch % self.options.refresh_epochs == 0:
             self._refresh()
         self.model.train()
-        total = 0.0
-        progress = tqdm(self._batches(), total=self.steps, desc=f"epoch {self.epoch + 1}", leave=False, disable=None)
+        total = torch.zeros((), dtype=torch.float64)
+        progress = tqdm(
+            self._batches(),
+            total=self.steps,
+            desc=f"epoch {self.epoch + 1}",
+            leave=False,
+            disable=None if self.state.is_main_process else True,
+        )
         head, rate = self.model.head, self.options.classifier_learning_rate
         for index in progress:
             if isinstance(head, InPlaceClassifier):
                 # Its own rate follows the same schedule.
-                head.lr = rate * float(self.schedule.get_last_lr()[0]) / self.options.learning_rate
-            loss = self._batch_loss(index)
+                head.lr = rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch)
+            loss = self._share_of_loss(index)
             self.optimizer.zero_grad()
             loss.backward()
+            sum_gradients(self.model.parameters())
             self.optimizer.step()
             self.schedule.step()
             total += loss.item() * len(index)
             progress.set_postfix(loss=f"{loss.item():.4f}")
-        return total / len(self.train)
+        total = total.to(self.model.device)
+        sum_over_processes(total)
+        return total.item() / len(self.train)
 
     def _batches(self) -> Iterator[Tensor]:
         if self.options.clustered:
@@ -115,35 +164,43 @@ class Training:
         else:
             yield from torch.randperm(len(self.train), generator=self.generator).split(self.options.batch_size)
 
-    def _batch_loss(self, index: Tensor) -> Tensor:
-        batch = self.train.rows(index)
-        labels, kind = batch.padded_labels(), self.options.negatives
-        if self.model.kind != DUAL_ENCODER or kind == "all":
-            return self.loss(self.model.logits(batch.inputs), labels).mean()
-        if kind == "hard":
+    def _share_of_loss(self, index: Tensor) -> Tensor:
+        """This process's part of the mean over the documents of a batch. index: (b,)"""
+        rows, counted = own_share(torch.arange(len(index)), self.state)
+        labels, negatives = self.train.part(index).padded_labels(), self._negatives(index)
+        if negatives is None:
+            candidate_labels = None
+        else:  # of the whole batch, so that every process has the same
+            candidate_labels, labels = candidates(labels, negatives)
+        logits = self.model.logits(self.train.part(index[rows]).batch(), candidate_labels)
+        return counted * self.loss(logits, labels[rows]).sum() / len(index)
+
+    def _negatives(self, index: Tensor) -> Tensor | None:
+        """Labels that a batch has beside its own; None for all labels."""
+        if self.model.kind != DUAL_ENCODER or self.options.negatives == "all":
+            return None
+        if self.options.negatives == "hard":
             assert self.hard is not None
-            negatives = self.hard[index]
-        else:
-            negatives = random_negatives(self.options.negative_count, batch.labels.shape[1], self.generator)  # pyright: ignore
-        chosen = candidates(labels, negatives)
-        return self.loss(self.model.logits(batch.inputs, chosen.index), chosen.labels).mean()
+            return self.hard[index]
+        return random_negatives(self.options.negative_count, self.train.label_count, self.generator)
 
     def _refresh(self) -> None:
         """The vectors that clusters and hard negatives are found by."""
         hard = self.options.negatives == "hard" and self.model.kind == DUAL_ENCODER
         if not hard and not self.options.clustered:
             return
-        self.model.eval()
-        self.document_vectors = self.model.document_vectors(self.train.inputs)
+        vectors = self.model.document_vectors(self.train.inputs, self.train.rows)
+        if self.options.clustered:
+            self.document_vectors = vectors.cpu()
         if hard:
             count = max(1, self.options.negative_count // 100)
-            right = self.train.padded_labels()
-            self.hard = hard_negatives(self.document_vectors, self.model.label_vectors(), right, count)
+            right = self.train.padded_labels().to(vectors.device)
+            self.hard = hard_negatives(vectors, self.model.label_vectors(), right, count).cpu()
 
     def quality(self, documents: Documents, k: int = 5) -> float:
         """nDCG@k, over the documents that have a label."""
         right = documents.padded_labels()
-        found = predict(self.model, documents.inputs, min(k, documents.labels.shape[1]))[1]  # pyright: ignore
+        found = predict(self.model, documents.inputs, min(k, documents.label_count), documents.rows)[1]
         gains = (found[:, :, None] == right[:, None, :]).any(-1) / torch.arange(2.0, found.shape[1] + 2).log2()
         ideal = (1 / torch.arange(2.0, found.shape[1] + 2).log2()).cumsum(0)
         counts = (right >= 0).sum(1).clamp(max=found.shape[1])
@@ -158,12 +215,13 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "progress": (self.epoch, self.best, self.waited, self.history),
             "random": (torch.get_rng_state(), self.generator.get_state()),
+            "found": (self.document_vectors, self.hard),
         }
         with written_aside(self.folder / LAST) as path:
             torch.save(state, path)
 
     def _load(self) -> None:
-        state = torch.load(self.folder / LAST, weights_only=True)
+        state = torch.load(self.folder / LAST, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -171,11 +229,12 @@ class Training:
         random, generator = state["random"]
         torch.set_rng_state(random)
         self.generator.set_state(generator)
-        print(f"resumed after epoch {self.epoch}")
+        self.document_vectors, self.hard = state["found"]
+        if self.state.is_main_process:
+            print(f"resumed after epoch {self.epoch}")
 
 
-def predict(model: XmcModel, inputs: dict[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Scores and labels of the k best, exact: (n, k) both."""
-    model.eval()
-    found = topk(model.document_vectors(inputs).float(), model.label_vectors(), k)
-    return found.scores / model.temperature, found.classes
+def predict(model: XmcModel, inputs: Inputs, k: int, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    """Scores and labels of the k best for some documents, or for all, exact: (n, k) both, on the CPU. rows: (n,)"""
+    found = topk(model.document_vectors(inputs, rows).float(), model.label_vectors(), k)
+    return (found.scores / model.temperature).cpu(), found.classes.cpu()

@@ -40,20 +40,19 @@ class TokenIds:
         position = range(len(self))[index]
         return self._ids[self._starts[position] : self._starts[position + 1]]
 
-    def batch(self, rows: Sequence[int] | np.ndarray, padding: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of some texts, filled up on the right to the longest of them.
 
-        Returns:
-            ids, int64 (rows, longest), and mask, int64 of the same shape, 0 at the padding.
-        """
-        found = [self[int(row)] for row in rows]
-        longest = max(map(len, found), default=0)
-        ids = np.full((len(found), longest), padding, np.int64)
-        mask = np.zeros_like(ids)
-        for row, tokens in enumerate(found):
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-        return ids, mask
+def padded(found: Sequence[np.ndarray], padding: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of some texts, filled up on the right to the longest of them.
+
+    Returns:
+        ids, int32 (texts, longest), and mask, int32 of the same shape, 0 at the padding.
+    """
+    lengths = np.array([len(ids) for ids in found], np.int64)
+    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    ids = np.full(mask.shape, padding, np.int32)
+    if len(found):
+        ids[mask] = np.concatenate(found)
+    return ids, mask.astype(np.int32)
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int, path: Path) -> TokenIds:

@@ -55,7 +55,7 @@ class Attachment:
 
 
 def _check_factors(head: SphericalHead, optimizer: Optimizer) -> None:
-    state = {buffer.data_ptr(): name for name, buffer in head.weight.named_buffers()}
+    state = {tensor.data_ptr(): name for name, tensor in head.weight.tensors().items()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = state.get(parameter.data_ptr()) if parameter.numel() else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -42,18 +44,16 @@ class Gradient:
         """After a backward pass: add what has arrived, and write the norm of all into `proxy.grad`."""
         assert proxy.grad is not None
         self._keep_to_this_pass()
-        arrived, self._arrived = self._arrived, []
-        before = self.scale(proxy)
+        new = weight.gathered(_joined(self._arrived))
+        self._arrived = []
+        kept, before = None, self.scale(proxy)
         if self._step is not None and before:
             self._check_version(weight)
-            kept = self._step.gradients
-            arrived.insert(0, kept if before == 1 else kept.scaled(before))
+            kept = self._step.gradients if before == 1 else self._step.gradients.scaled(before)
         self._clear()
-        if not arrived:
+        total = _joined([each for each in (kept, new) if each is not None])
+        if total is None:
             return
-        total = arrived[0]
-        for each in arrived[1:]:
-            total = total.joined(each)
         self._step = step_of(weight, total)
         proxy.grad.copy_(self._step.norm)
         self._norm = float(proxy.grad)
@@ -86,3 +86,7 @@ class Gradient:
             raise RuntimeError(
                 "the head's state has changed since its gradient was computed: call zero_grad() and compute it again"
             )
+
+
+def _joined(parts: list[RowGradients]) -> RowGradients | None:
+    return functools.reduce(RowGradients.joined, parts) if parts else None

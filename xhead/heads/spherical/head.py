@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from xhead.exchange import Exchange
 from xhead.heads.spherical.attachment import Attachment
 from xhead.heads.spherical.conditioning import apply_step
 from xhead.heads.spherical.factored import FactoredWeight
 from xhead.heads.spherical.gradient import Gradient
 from xhead.heads.spherical.prediction import Prediction
 from xhead.heads.spherical.rows import SphericalRows
+from xhead.heads.spherical.sharded import ShardedWeight, even_shards
 from xhead.heads.spherical.targets import parse_targets
 from xhead.losses.spherical_family import SphericalLoss, spherical_loss
 
@@ -39,11 +43,14 @@ class SphericalHead(Prediction):
         fold: a step whose factor `I - 2 lr H' diag(alpha) H` is nearly singular is made all the same, exactly, at
             O(V D). False: it raises RuntimeError.
         ignore_index: the label of what is no target. Rows without any target are left out.
+        process_group: processes that share the head, each with its own rows of a batch and its own classes of W; see
+            docs/spherical_factored.md. `torch.distributed.group.WORLD` is all. Each call is then made by all of them.
+        shards: how many classes each process has, in their order; by default as equal as can be. 0 is allowed.
         dtype: float32 or float64; the state must stay in it, whatever the model around it is cast to.
         options: the loss's: `sharpness`, `margin`, `eps`.
 
     Raises:
-        ValueError: V below D, unknown losses or options, intervals below 1.
+        ValueError: V below D, unknown losses or options, intervals below 1; arguments that differ between processes.
         TypeError: another dtype.
 
     Source: arXiv 1412.7091, arXiv 1606.08061; the Z-loss is arXiv 1604.08859. The losses' formulas are in
@@ -62,33 +69,68 @@ class SphericalHead(Prediction):
         refresh_every: int = 10_000,
         fold: bool = True,
         ignore_index: int = -100,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        shards: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, value in (("stabilise_every", stabilise_every), ("refresh_every", refresh_every)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not math.isfinite(bias):
-            raise ValueError(f"bias must be True, False or the finite size of the constant feature, got {bias}")
-        self.loss = _loss_of(loss, options)
         self.in_features, self.out_features, self.bias = in_features, out_features, float(bias)
         self.stabilise_every, self.refresh_every = stabilise_every, refresh_every
         self.fold, self.ignore_index = fold, ignore_index
-        size = in_features + bool(bias)
-        if weight is None:
-            start = torch.empty(out_features, size, device=device, dtype=dtype)
-            nn.init.uniform_(start, -(in_features**-0.5), in_features**-0.5)
-            start[:, in_features:] = 0.0
-        elif weight.shape == (out_features, size):
-            start = weight.detach().clone().to(device=device, dtype=dtype)
-        else:
-            raise ValueError(f"weight must be {(out_features, size)} (classes, features), got {tuple(weight.shape)}")
-        self.weight = FactoredWeight(start)
+        self.exchange = None if process_group is None else Exchange(process_group)
+        with nullcontext() if self.exchange is None else self.exchange.together():
+            self.loss = _loss_of(loss, options)
+            self._check_options(weight, shards)
+        self.weight = self._first_weight(weight, shards, {"device": device, "dtype": dtype})
         self.proxy = nn.Parameter(torch.zeros(1, dtype=self.weight.core.dtype, device=self.weight.core.device))
         self.register_buffer("inverse_temperature", torch.tensor(math.nan, dtype=torch.float64))
         self._start()
+
+    def _check_options(self, weight: Tensor | None, shards: Sequence[int] | None) -> None:
+        for name in ("stabilise_every", "refresh_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not math.isfinite(self.bias):
+            raise ValueError(f"bias must be True, False or the finite size of the constant feature, got {self.bias}")
+        shape = (self.out_features, self.in_features + bool(self.bias))
+        if weight is not None and weight.shape != shape:
+            raise ValueError(f"weight must be {shape} (classes, features), got {tuple(weight.shape)}")
+        processes = 1 if self.exchange is None else self.exchange.size
+        if shards is not None and (len(shards) != processes or min(shards) < 0 or sum(shards) != self.out_features):
+            raise ValueError(
+                f"shards must be {processes} numbers of classes, one a process, that add up to {self.out_features}, "
+                f"got {list(shards)}"
+            )
+
+    def _first_weight(
+        self, weight: Tensor | None, shards: Sequence[int] | None, like: dict[str, Any]
+    ) -> FactoredWeight:
+        """The weight to start from; where processes share the head, the classes of this one."""
+        exchange = self.exchange
+        if exchange is None:
+            return FactoredWeight(self._first_rows(slice(0, self.out_features), weight, None, like))
+        shards = even_shards(self.out_features, exchange.size) if shards is None else shards
+        first = sum(shards[: exchange.rank])
+        # Processes that were seeded alike must not give their rows the same numbers.
+        seed = exchange.share(int(torch.randint(2**62, ())))[0] + exchange.rank
+        with exchange.together():
+            rows = self._first_rows(slice(first, first + shards[exchange.rank]), weight, seed, like)
+        names = ("in_features", "out_features", "bias", "stabilise_every", "refresh_every", "fold", "ignore_index")
+        own = {name: getattr(self, name) for name in names}
+        exchange.agree(**own, loss=repr(self.loss), shards=list(shards), dtype=rows.dtype)
+        return ShardedWeight(rows, exchange, shards)
+
+    def _first_rows(self, classes: slice, weight: Tensor | None, seed: int | None, like: dict[str, Any]) -> Tensor:
+        """Rows of W to start from, without a seed drawn by torch's own generator."""
+        if weight is not None:
+            return weight.detach()[classes].clone(memory_format=torch.contiguous_format).to(**like)
+        rows = torch.empty(classes.stop - classes.start, self.in_features + bool(self.bias), **like)
+        generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
+        nn.init.uniform_(rows, -(self.in_features**-0.5), self.in_features**-0.5, generator=generator)
+        rows[:, self.in_features :] = 0.0
+        return rows
 
     def _start(self) -> None:
         self.gradient = Gradient()
@@ -111,8 +153,8 @@ class SphericalHead(Prediction):
         self._start()
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        self.gradient.forget()
         if not self.weight.misfits(state_dict, prefix + "weight."):
+            self.gradient.forget()
             super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @classmethod
@@ -131,7 +173,7 @@ class SphericalHead(Prediction):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A plain linear layer with the same scores."""
+        """A plain linear layer with the same scores, whole in every process."""
         weight = self.weight.dense()
         linear = nn.Linear(self.in_features, self.out_features, bool(self.bias), weight.device, weight.dtype)
         linear.weight.copy_(weight[:, : self.in_features])
@@ -140,11 +182,13 @@ class SphericalHead(Prediction):
         return linear
 
     def dense(self) -> Tensor:
-        """W, (V, D), or (V, D + 1) with the bias' column."""
+        """W, (V, D), or (V, D + 1) with the bias' column; whole in every process."""
         return self.weight.dense()
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias}, loss={self.loss}"
+        here = "" if self.exchange is None else f", here {self.weight.place}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}{here}"
+        return f"{sizes}, bias={self.bias}, loss={self.loss}"
 
     def forward(
         self,
@@ -169,12 +213,14 @@ class SphericalHead(Prediction):
             RuntimeError: shapes or dtypes that do not fit; a head cast to half precision.
             IndexError: a label out of range.
         """
-        features = self._features(hidden)
         if labels is None:
-            return self._all_scores(features).reshape(*hidden.shape[:-1], self.out_features)
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        targets = parse_targets(labels, values, hidden.shape[:-1], self.out_features, self.ignore_index, features.dtype)
+            return self._all_scores(hidden)
+        with self.weight.together():
+            features = self._features(hidden)
+            if reduction not in REDUCTIONS:
+                raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+            lead = hidden.shape[:-1]
+            targets = parse_targets(labels, values, lead, self.out_features, self.ignore_index, features.dtype)
         if targets.kept is not None:
             features = features[targets.kept]
         self._watch()
@@ -203,9 +249,16 @@ class SphericalHead(Prediction):
         flat = hidden.reshape(-1, self.in_features).to(core.dtype)
         return nn.functional.pad(flat, (0, 1), value=self.bias) if self.bias else flat
 
-    def _all_scores(self, features: Tensor) -> Tensor:
+    def _all_scores(self, hidden: Tensor) -> Tensor:
+        if self.exchange is not None:
+            raise RuntimeError(
+                "a head over several processes gives no scores of all classes: use topk(hidden, k), "
+                "ranks(hidden, labels) or scores(hidden, classes), or gather it with to_linear()"
+            )
+        features = self._features(hidden)
         with torch.autocast(features.device.type, enabled=False):
-            return (features @ self.weight.mixing.T) @ self.weight.factor.T + (features @ self.weight.offset)[:, None]
+            scores = (features @ self.weight.mixing.T) @ self.weight.factor.T + (features @ self.weight.offset)[:, None]
+        return scores.reshape(*hidden.shape[:-1], self.out_features)
 
     def attach(self, optimizer: Optimizer, *, rate_factor: float | None = None) -> None:
         """From now on, each `optimizer.step()` updates the head too, by plain SGD.
@@ -236,14 +289,17 @@ class SphericalHead(Prediction):
     def step(self, learning_rate: float, weight_decay: float = 0.0) -> None:
         """One step of plain SGD with the gradient gathered since the last one, which is then used up.
 
-        Raises ValueError for rates out of range and RuntimeError for a gradient that is not finite, a nearly singular
-        step without `fold`, or under data parallelism; the head is as it was.
+        Raises ValueError for rates out of range, or that differ between processes, and RuntimeError for a gradient that
+        is not finite, a nearly singular step without `fold`, or several processes without a `process_group`; the head
+        is as it was.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            processes = torch.distributed.get_world_size()
-            if processes > 1:
-                raise RuntimeError(f"the spherical head trains in one process, got {processes}: it has no exchange yet")
-        step, scale = self.gradient.take(self.weight, self.proxy)
+        if self.exchange is None:
+            _check_alone()
+        with self.weight.together():
+            step, scale = self.gradient.take(self.weight, self.proxy)
+        if self.exchange is not None:
+            rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "the gradient's scale": scale}
+            learning_rate, weight_decay, scale = self.exchange.agree(1e-4, **rates).values()
         if step is not None:
             with torch.autocast(self.proxy.device.type, enabled=False):
                 apply_step(
@@ -266,6 +322,16 @@ class SphericalHead(Prediction):
         """Multiply the gradient of W."""
         if self.proxy.grad is not None:
             self.proxy.grad.mul_(factor)
+
+
+def _check_alone() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            raise RuntimeError(
+                f"this head was made for one process, got {processes}: make it with "
+                "process_group=torch.distributed.group.WORLD, so that they exchange what a step needs"
+            )
 
 
 def _loss_of(loss: str | SphericalLoss, options: dict[str, Any]) -> SphericalLoss:

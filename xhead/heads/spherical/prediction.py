@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor, nn
 
-from xhead.heads.spherical.factored import FactoredWeight, Products, split
+from xhead.heads.spherical.factored import FactoredWeight, split
 from xhead.losses.spherical_family import SphericalLoss
-from xhead.retrieval import TopK, fit_inverse_temperature, ranks, topk
+from xhead.retrieval import TopK, fit_inverse_temperature
 from xhead.statistics import check_range, row_statistics
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exactly(method: Method) -> Method:
+    """Without gradients, and in the head's own dtype."""
+
+    @functools.wraps(method)
+    def exact(self: Prediction, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return method(self, hidden, *arguments, **named)
+
+    return cast(Method, exact)
 
 
 class Prediction(nn.Module):
@@ -21,53 +38,52 @@ class Prediction(nn.Module):
     def _features(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _projected(self, hidden: Tensor) -> tuple[Tensor, Products]:
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden` as features (n, D), and `features @ core`."""
         features = self._features(hidden)
-        with torch.autocast(features.device.type, enabled=False):
-            products = features @ self.weight.core
-        return features, split(products, self.weight.size)
+        return features, features @ self.weight.core
 
-    @torch.no_grad()
+    @_exactly
     def scores(self, hidden: Tensor, classes: Tensor) -> Tensor:
         """Scores of the given classes in O(D^2 + K D) a row. hidden: (..., D), classes: (..., K) -> (..., K)"""
-        check_range("class", classes, self.weight.classes)
-        features = self._features(hidden)
-        flat = classes.reshape(len(features), -1)
-        return self.weight.scores(features @ self.weight.core, flat).reshape(classes.shape)
+        with self.weight.together():
+            features, products = self._projected(hidden)
+            _check_lead("classes", classes.shape[:-1], hidden)
+            check_range("class", classes, self.weight.classes)
+        rows = self.weight.target_rows(classes.reshape(len(features), classes.shape[-1]))
+        return rows.scores(features, products).reshape(classes.shape)
 
-    @torch.no_grad()
+    @_exactly
     def topk(self, hidden: Tensor, k: int, *, block: int = 8192) -> TopK:
         """The k best classes and their scores, (..., k), exact: by score, for the losses that are likelihoods by p_k.
 
         hidden: (..., D). Of equal scores, which comes first is not specified. Raises as `xhead.retrieval.topk`.
         """
-        _, parts = self._projected(hidden)
-        found = topk(
-            parts.mixed, self.weight.factor, k, offset=parts.offset, order=self.loss.order, block=block
-        )  # fmt: skip
+        with self.weight.together():
+            features = self._features(hidden)
+        found = self.weight.topk(features, k, self.loss.order, block)
         shape = (*hidden.shape[:-1], k)
         return TopK(found.scores.reshape(shape), found.classes.reshape(shape))
 
-    @torch.no_grad()
+    @_exactly
     def ranks(self, hidden: Tensor, labels: Tensor, *, ties: str = "worst", block: int = 8192) -> Tensor:
         """Each label's place among all classes, 1 the best. hidden: (..., D), labels: (...) -> (...)
 
         Ties and errors as in `xhead.retrieval.ranks`.
         """
-        _, parts = self._projected(hidden)
-        found = ranks(
-            parts.mixed, self.weight.factor, labels.reshape(-1),
-            offset=parts.offset, order=self.loss.order, ties=ties, block=block,
-        )  # fmt: skip
+        with self.weight.together():
+            features = self._features(hidden)
+        found = self.weight.ranks(features, labels.reshape(-1), self.loss.order, ties, block)
         return found.reshape(labels.shape)
 
     def _comparable(self, hidden: Tensor) -> Tensor:
         """Rows u with `u . f_k` the scores on the scale that the loss sees, up to a constant a row, (n, D)."""
-        features, parts = self._projected(hidden)
+        features, products = self._projected(hidden)
+        parts = split(products, self.weight.size)
         variance = torch.linalg.vecdot(parts.covariance, features).clamp(min=0)
         return parts.mixed * self.loss.score_scale(variance)[:, None]
 
-    @torch.no_grad()
+    @_exactly
     def fit_temperature(self, hidden: Tensor, labels: Tensor) -> float:
         """Fit the temperature T of `softmax(z / T)` on held-out rows; probabilities are available after it.
 
@@ -78,11 +94,16 @@ class Prediction(nn.Module):
         """
         if self.loss.is_likelihood:
             raise ValueError(f"{type(self.loss).__name__} has probabilities of its own: there is no temperature to fit")
+        if self.weight.place.processes > 1:
+            raise RuntimeError(
+                "fit_temperature needs all classes in one process: call it on "
+                "SphericalHead.from_linear(head.to_linear())"
+            )
         factor = fit_inverse_temperature(self._comparable(hidden), self.weight.factor, labels.reshape(-1))
         self.inverse_temperature.fill_(factor)
         return 1 / factor
 
-    @torch.no_grad()
+    @_exactly
     def log_probability(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """log p of each label in nats. hidden: (..., D), labels: (...) -> (...)
 
@@ -90,12 +111,15 @@ class Prediction(nn.Module):
 
         Raises RuntimeError for `zloss` and `mse` before `fit_temperature`: their scores are no log-probabilities.
         """
-        check_range("label", labels, self.weight.classes)
+        with self.weight.together():
+            features, products = self._projected(hidden)
+            _check_lead("labels", labels.shape, hidden)
+            check_range("label", labels, self.weight.classes)
         flat = labels.reshape(-1)
         if self.loss.is_likelihood:
-            features, parts = self._projected(hidden)
+            parts = split(products, self.weight.size)
             variance = torch.linalg.vecdot(parts.covariance, features).clamp(min=0)
-            target = self.scores(features[:, : hidden.shape[-1]], flat[:, None])
+            target = self.weight.target_rows(flat[:, None]).scores(features, products)
             return -self.loss.rows(parts.mean, variance, target, self.weight.classes).reshape(labels.shape)
         if self.inverse_temperature.isnan():
             raise RuntimeError(
@@ -110,3 +134,8 @@ class Prediction(nn.Module):
     def perplexity(self, hidden: Tensor, labels: Tensor) -> float:
         """`exp` of the mean of -log p over the labels; raises as `log_probability`."""
         return float((-self.log_probability(hidden, labels)).mean().exp())
+
+
+def _check_lead(name: str, found: torch.Size, hidden: Tensor) -> None:
+    if found != hidden.shape[:-1]:
+        raise RuntimeError(f"{name} must have the rows of hidden, {tuple(hidden.shape[:-1])}, got {tuple(found)}")

@@ -32,17 +32,19 @@ class SphericalRows(torch.autograd.Function):
         products = hidden @ weight.core
         parts = split(products, weight.size)
         variance = torch.linalg.vecdot(parts.covariance, hidden).clamp_(min=0)
-        target = weight.scores(products, targets.classes)
+        target_rows = weight.target_rows(targets.classes)
+        target = target_rows.scores(hidden, products)
         rows = loss.rows(parts.mean, variance, target, weight.classes, targets.values)
         if proxy.requires_grad or hidden.requires_grad:
             ctx.save_for_backward(hidden, products, variance, target)
-            ctx.head, ctx.targets, ctx.version = head, targets, weight.core._version
+            ctx.head, ctx.target_rows, ctx.values = head, target_rows, targets.values
+            ctx.version = weight.core._version
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
-        head, targets = ctx.head, ctx.targets
+        head = ctx.head
         hidden, products, variance, target = ctx.saved_tensors
         weight = head.weight
         if ctx.version != weight.core._version:
@@ -51,9 +53,9 @@ class SphericalRows(torch.autograd.Function):
                 "optimizer.step(), and compute the loss again after it"
             )
         mean = split(products, weight.size).mean
-        slopes = head.loss.slopes(mean, variance, target, weight.classes, targets.values)
+        slopes = head.loss.slopes(mean, variance, target, weight.classes, ctx.values)
         slopes = Slopes(slopes.mean * upstream, slopes.variance * upstream, slopes.target * upstream[:, None])
-        gradients, of_hidden = row_gradients(weight, hidden.detach(), products, targets.classes, slopes)
+        gradients, of_hidden = row_gradients(weight, hidden.detach(), products, ctx.target_rows, slopes)
         if not ctx.needs_input_grad[1]:
             return of_hidden, None, None, None
         head.gradient.arrive(gradients)

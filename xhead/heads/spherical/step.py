@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from xhead.heads.spherical.factored import FactoredWeight, Products, split
+from xhead.heads.spherical.factored import FactoredWeight, Products, TargetRows, split
 from xhead.losses.spherical_family import Slopes
 
 
@@ -65,15 +65,14 @@ def row_gradients(
     weight: FactoredWeight,
     hidden: Tensor,  # (n, D)
     products: Tensor,  # (n, width) hidden @ core
-    classes: Tensor,  # (n, K)
+    targets: TargetRows,
     slopes: Slopes,
 ) -> tuple[RowGradients, Tensor]:
     """The gradient of W in its terms, and that of the hidden states, `Delta W` (n, D)."""
     gamma = slopes.target
-    centred = torch.mm(weight.weighted_rows(classes, gamma), weight.mixing)
-    centred.addr_(gamma.sum(1), weight.offset - weight.mean_row)
+    centred = targets.weighted(gamma).addr_(gamma.sum(1), weight.mean_row, alpha=-1)
     centred.addcmul_(split(products, weight.size).covariance, slopes.variance[:, None], value=2)
-    gradients = RowGradients(hidden, products, centred, classes, gamma, slopes.variance, slopes.mean)
+    gradients = RowGradients(hidden, products, centred, targets.classes, gamma, slopes.variance, slopes.mean)
     return gradients, torch.addr(centred, gradients.total, weight.mean_row)
 
 
