@@ -1,6 +1,7 @@
 """xhead: the output head of a language model, the projection to the vocabulary and the loss, without the logits."""
 
 from xhead.accumulate import accumulate
+from xhead.faults import MissingRanksError, roll_call
 from xhead.heads import list_heads
 from xhead.lazy import LazyLogits
 from xhead.losses import list_losses
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LazyLogits",
     "MaterializedWarning",
+    "MissingRanksError",
     "Statistics",
     "Vocabulary",
     "accumulate",
@@ -24,6 +26,7 @@ __all__ = [
     "list_losses",
     "load",
     "patch",
+    "roll_call",
     "status",
     "unpatch",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import xhead
 from recipes.arithmetic.encoding import Batches, character_tokenizer
@@ -19,7 +19,13 @@ from recipes.arithmetic.options import DataOptions, ModelOptions, RunOptions, pa
 from recipes.arithmetic.problems import Problem, Problems, load_problems
 from recipes.arithmetic.report import write_report
 from recipes.arithmetic.scores import score
-from recipes.one_billion_word.checkpoints import check_description, find_checkpoint, write_description
+from recipes.one_billion_word.checkpoints import (
+    CheckpointedTrainer,
+    check_description,
+    find_checkpoint,
+    write_description,
+    written_aside,
+)
 from recipes.one_billion_word.errors import RecipeError
 from xhead.losses import get_loss, list_options
 
@@ -138,7 +144,7 @@ def _train(
     settings = dataclasses.replace(
         training, output_dir=str(place), seed=description["seed"], remove_unused_columns=False
     )
-    trainer = Trainer(
+    trainer = CheckpointedTrainer(
         model=model,
         args=settings,
         train_dataset=[batches.encode(problem) for problem in problems.train],  # pyright: ignore
@@ -150,7 +156,8 @@ def _train(
     scores = score(answers, [problem.answer for problem in problems.test])
     examples = [[*problem, given] for problem, given in zip(problems.test, answers, strict=True)][:20]
     result = {"run": description, "scores": scores, "history": trainer.state.log_history, "examples": examples}
-    (place / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    with written_aside(place / RESULT) as path:
+        path.write_text(json.dumps(result, indent=2) + "\n")
     return scores
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.one_billion_word.checkpoints import written_aside
 from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.vocabulary import Vocabulary
 
@@ -84,7 +85,8 @@ def encode(lines: Iterable[str], vocabulary: Vocabulary, folder: Path, *, join_l
     if join_lines:
         starts.append(written)
     np.save(folder / "starts.npy", np.frombuffer(starts, dtype=np.int64))
-    (folder / "complete.json").write_text(json.dumps({"blank_lines": blank}))
+    with written_aside(folder / "complete.json") as path:
+        path.write_text(json.dumps({"blank_lines": blank}))
     return load_encoded(folder)
 
 

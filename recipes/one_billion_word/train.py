@@ -11,7 +11,13 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from recipes.one_billion_word.callbacks import ExactValidation, StepTimer
-from recipes.one_billion_word.checkpoints import check_description, find_checkpoint, write_description
+from recipes.one_billion_word.checkpoints import (
+    CheckpointedTrainer,
+    check_description,
+    find_checkpoint,
+    write_description,
+    written_aside,
+)
 from recipes.one_billion_word.data import prepare_data
 from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.head_inputs import save_head_inputs
@@ -25,6 +31,7 @@ from recipes.one_billion_word.scoring import scorer_of
 from recipes.one_billion_word.spherical import check_spherical, head_callbacks
 from recipes.one_billion_word.start import load_start
 from recipes.one_billion_word.vq import apply_vq, check_vq, head_facts
+from xhead import roll_call
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,14 +91,15 @@ def run(
     state.wait_for_everyone()
     if state.is_main_process:
         write_description(folder, description)
-        data.vocabulary.write(folder / "vocabulary.txt")
+        with written_aside(folder / "vocabulary.txt") as path:
+            data.vocabulary.write(path)
     apply_vq(model, model_options, data.vocabulary)
     describe(data, model, model_options)
     if run_options.resume:
         state.print(f"resume      from {checkpoint or 'the beginning: no whole checkpoint was found'}")
 
     timer = StepTimer()
-    trainer = Trainer(
+    trainer = CheckpointedTrainer(
         model=apply_loss(model, model_options),
         args=training,
         train_dataset=data.train,
@@ -101,7 +109,8 @@ def run(
     scorer = scorer_of(model, model_options)
     trainer.add_callback(ExactValidation(trainer, scorer, data.valid, run_options.valid_steps))
     peak_is_of_training = reset_process_peak()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with roll_call():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     peak = process_peak()
     trainer.save_model(str(folder / "model"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from recipes.extreme_classification.neural.processes import (
     sum_gradients,
     sum_over_processes,
 )
+from recipes.one_billion_word.checkpoints import written_aside
 from recipes.one_billion_word.errors import RecipeError
 from xhead.heads import InPlaceClassifier
 from xhead.heads.label_batches import candidates, clustered_batches, hard_negatives, random_negatives
@@ -121,7 +121,8 @@ class Training:
             if quality > self.best:
                 self.best, self.waited = quality, 0
                 if self.state.is_main_process:
-                    save_model(self.model, str(self.folder / BEST))
+                    with written_aside(self.folder / BEST) as path:
+                        save_model(self.model, str(path))
             if self.state.is_main_process:
                 self._save()
         self.state.wait_for_everyone()
@@ -216,9 +217,8 @@ class Training:
             "random": (torch.get_rng_state(), self.generator.get_state()),
             "found": (self.document_vectors, self.hard),
         }
-        temporary = self.folder / (LAST + ".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.folder / LAST)
+        with written_aside(self.folder / LAST) as path:
+            torch.save(state, path)
 
     def _load(self) -> None:
         state = torch.load(self.folder / LAST, weights_only=True, map_location="cpu")
