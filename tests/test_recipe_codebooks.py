@@ -37,7 +37,10 @@ def words(folder, **more):
     ("options", "message"),
     [
         ({"head": "vq", "loss": "cce"}, "--head vq has a loss of its own: leave --loss cce out"),
-        ({"head_options": '{"codebook_size": 4}'}, "--head_options needs --head vq; --head linear has no options"),
+        (
+            {"head_options": '{"codebook_size": 4}'},
+            "--head_options needs --head spherical or vq; --head linear has no options",
+        ),
         ({"head": "vq", "head_options": "[]"}, "--head_options is '\\[\\]'; it must be a JSON object"),
         ({"head": "vq", "head_options": '{"size": 4}'}, "--head vq --head_options .*unknown option size"),
         ({"head": "vq", "head_options": '{"codebook_size": 0}'}, "codebook_size must be a whole number"),
