@@ -7,7 +7,7 @@ import sys
 
 from transformers import TrainerCallback
 
-from recipes.one_billion_word.checkpoints import CheckpointedTrainer
+from recipes.common.checkpoints import CheckpointedTrainer
 from recipes.one_billion_word.options import parse_options
 from recipes.one_billion_word.train import run
 

@@ -18,7 +18,7 @@ from recipes.arithmetic.options import DataOptions, parse_options
 from recipes.arithmetic.problems import Problem, load_problems
 from recipes.arithmetic.report import table
 from recipes.arithmetic.scores import score, summary, verdict
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 
 def test_made_problems_are_right_and_apart():

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from recipe_support import sentences, write_text
 
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.corpora import load_corpus
 from recipes.one_billion_word.corpora.embedded import split_sentences
 from recipes.one_billion_word.encoding import encode
-from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.train import main
 from recipes.one_billion_word.vocabulary import Vocabulary
 

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from scipy.sparse import csr_matrix, random_array
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification import compare
 from recipes.extreme_classification.command import main
 from recipes.extreme_classification.dataset import Dataset, Splits, load
@@ -21,7 +22,6 @@ from recipes.extreme_classification.evaluation import Evaluation, measure, ranks
 from recipes.extreme_classification.features import TfIdf, make_features
 from recipes.extreme_classification.linear import LinearModel, LinearOptions
 from recipes.extreme_classification.options import DataOptions, load_data
-from recipes.one_billion_word.errors import RecipeError
 
 TOPICS = ["river", "mountain", "engine", "violin", "harbour", "glacier", "turbine", "cello", "unseen"]
 

@@ -10,6 +10,7 @@ import torch
 from scipy.sparse import csr_matrix
 from transformers import AutoModel, BertConfig, DistilBertConfig, ModernBertConfig
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.command import main
 from recipes.extreme_classification.dataset import Dataset, Splits
 from recipes.extreme_classification.neural import command, predict, training
@@ -19,7 +20,6 @@ from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER
 from recipes.extreme_classification.neural.predict import Predictor
 from recipes.extreme_classification.neural.run import run_model
 from recipes.extreme_classification.neural.training import Documents, Training
-from recipes.one_billion_word.errors import RecipeError
 from tests.extreme_words import WORDS, small_options, word_splits
 from xhead.retrieval import metrics
 
@@ -218,7 +218,7 @@ def test_presets_give_way_to_options():
         (["--dropout", "1"], "--dropout is 1.0, --warmup 0.1; they are shares of 1"),
         (["--learning_rate", "-1"], "--learning_rate must be 0 or more, got -1.0"),
         (["--adam_epsilon", "-1"], "--adam_epsilon must be 0 or more, got -1.0"),
-        (["--loss_options", "[]"], "--loss decoupled_softmax: 'list'"),
+        (["--loss_options", "[]"], r"--loss_options is '\[\]'; it must be a JSON object"),
         (["--spoon"], "not understood: --spoon"),
     ],
 )

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER
 from recipes.extreme_classification.neural.run import run_model
-from recipes.one_billion_word.errors import RecipeError
 from tests.extreme_words import small_options, word_splits
 
 PROCESSES = 2

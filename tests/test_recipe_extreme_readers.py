@@ -13,9 +13,9 @@ pytest.importorskip("scipy")
 
 from scipy.sparse import csr_matrix, save_npz
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.dataset import Splits, load
 from recipes.extreme_classification.readers.text import MappedLines
-from recipes.one_billion_word.errors import RecipeError
 
 TRAIN = [("red fox", "runs", [0, 2]), ("blue bird", "", [1]), ("nothing", "here", [])]
 TEST = [("red bird", "flies", [2, 1]), ("Größe", "groß", [0])]

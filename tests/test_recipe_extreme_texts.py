@@ -13,11 +13,11 @@ pytest.importorskip("scipy")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.dataset import load
 from recipes.extreme_classification.embedded import embedded_splits, in_words
 from recipes.extreme_classification.readers.text import MappedLines, write_lines
 from recipes.extreme_classification.readers.tokens import padded, tokenize
-from recipes.one_billion_word.errors import RecipeError
 
 SHARED = Path(os.environ.get("XHEAD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

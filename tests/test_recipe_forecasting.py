@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import fourier as fourier_benchmark
+from recipes.common.errors import RecipeError
 from recipes.forecasting import toy
 from recipes.forecasting.compare import main, run
 from recipes.forecasting.options import parse_options
@@ -20,7 +21,6 @@ from recipes.forecasting.series import load_series, made_up
 from recipes.forecasting.smoothness import smoothness
 from recipes.forecasting.toy_data import CENTRES, DISTRIBUTIONS, draw
 from recipes.forecasting.windows import ValueTokens, split
-from recipes.one_billion_word.errors import RecipeError
 
 
 def test_tokens():

@@ -13,7 +13,7 @@ import pytest
 from recipe_support import write_text
 from transformers import TrainerCallback
 
-from recipes.one_billion_word.checkpoints import ASIDE, STATE, CheckpointedTrainer, find_checkpoint, written_aside
+from recipes.common.checkpoints import ASIDE, STATE, CheckpointedTrainer, find_checkpoint, written_aside
 from tests.processes import start
 from tests.recipe_kills import run_and_count, run_killed_after, run_killed_while_saving
 from tests.test_recipe_one_billion_word import command, losses

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, TrainerCallback
 
 import xhead
-from recipes.one_billion_word.checkpoints import STATE, find_checkpoint
+from recipes.common.checkpoints import STATE, find_checkpoint
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.corpora import load_corpus
 from recipes.one_billion_word.demo import comparison, loss_difference
-from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.memory import _peak_cpu, measure_loss_memory
 from recipes.one_billion_word.options import parse_options
 from recipes.one_billion_word.train import main, run

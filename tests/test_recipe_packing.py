@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_support import sentences, tiny_model
 
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.encoding import Encoded, encode, is_encoded
-from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.packing import IGNORED, PackedSentences
 from recipes.one_billion_word.perplexity import measure_perplexity
 from recipes.one_billion_word.vocabulary import Vocabulary

@@ -19,14 +19,14 @@ from recipes.arithmetic.options import DataOptions, ModelOptions, RunOptions, pa
 from recipes.arithmetic.problems import Problem, Problems, load_problems
 from recipes.arithmetic.report import write_report
 from recipes.arithmetic.scores import score
-from recipes.one_billion_word.checkpoints import (
+from recipes.common.checkpoints import (
     CheckpointedTrainer,
     check_description,
     find_checkpoint,
     write_description,
     written_aside,
 )
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 from xhead.losses import get_loss, list_options
 
 RESULT = "result.json"

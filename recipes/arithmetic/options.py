@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.command_line import at_least, json_object, parse
+from recipes.common.errors import RecipeError
 
 MODELS = ("llama", "gpt2", "t5")
 
@@ -32,7 +32,7 @@ class DataOptions:
     longest: int = field(default=128, metadata={"help": "Leave out problems of more characters."})
 
     def __post_init__(self) -> None:
-        _at_least(1, largest=self.largest, train_problems=self.train_problems, test_problems=self.test_problems)
+        at_least(1, largest=self.largest, train_problems=self.train_problems, test_problems=self.test_problems)
         if not self.operations or set(self.operations) - set("+-*"):
             raise RecipeError(f"--operations is {self.operations!r}; it must be one or more of + - *")
 
@@ -47,7 +47,7 @@ class ModelOptions:
     attention_heads: int = field(default=4, metadata={"help": "Attention heads; twice their number divides the width."})
 
     def __post_init__(self) -> None:
-        _at_least(1, hidden_size=self.hidden_size, layers=self.layers, attention_heads=self.attention_heads)
+        at_least(1, hidden_size=self.hidden_size, layers=self.layers, attention_heads=self.attention_heads)
         if self.model not in MODELS:
             raise RecipeError(f"--model is {self.model!r}; known: {', '.join(MODELS)}")
         if self.hidden_size % (2 * self.attention_heads):
@@ -72,20 +72,14 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(1, seeds=self.seeds)
+        at_least(1, seeds=self.seeds)
         if len(set(self.losses)) != len(self.losses):
             raise RecipeError(f"--losses is {' '.join(self.losses)}; each may be there once")
         _ = self.parsed_loss_options
 
     @property
     def parsed_loss_options(self) -> dict[str, Any]:
-        try:
-            options = json.loads(self.loss_options)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"--loss_options is {self.loss_options!r}, which is not JSON: {error}") from error
-        if not isinstance(options, dict):
-            raise RecipeError(f"--loss_options is {self.loss_options!r}; it must be a JSON object of option names")
-        return options
+        return json_object("--loss_options", self.loss_options)
 
 
 Options: TypeAlias = tuple[DataOptions, ModelOptions, RunOptions, TrainingArguments]
@@ -93,39 +87,23 @@ Options: TypeAlias = tuple[DataOptions, ModelOptions, RunOptions, TrainingArgume
 
 def parse_options(arguments: list[str] | None = None) -> Options:
     """Parse a command line. Raises RecipeError for what is unknown or out of range."""
-    parser = HfArgumentParser(
-        (DataOptions, ModelOptions, RunOptions, TrainingArguments),  # pyright: ignore
-        prog="python -m recipes.arithmetic",
-        description="Train on arithmetic with several losses and seeds, and compare the numbers that come out.",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(
-        output_dir="runs/arithmetic",
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=250,
-        max_steps=600,
-        learning_rate=3e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=30,
-        weight_decay=0.01,
-        logging_steps=50,
-        save_steps=300,
-        save_total_limit=1,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    try:
-        parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    data, model, run, training, unknown = parsed
-    if unknown:
-        raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
+    defaults = {
+        "output_dir": "runs/arithmetic",
+        "per_device_train_batch_size": 64,
+        "per_device_eval_batch_size": 250,
+        "max_steps": 600,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 30,
+        "weight_decay": 0.01,
+        "logging_steps": 50,
+        "save_steps": 300,
+        "save_total_limit": 1,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    kinds = (DataOptions, ModelOptions, RunOptions, TrainingArguments)
+    description = "Train on arithmetic with several losses and seeds, and compare the numbers that come out."
+    data, model, run, training = parse(kinds, "python -m recipes.arithmetic", description, defaults, arguments)
     return data, model, run, training
-
-
-def _at_least(minimum: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < minimum:
-            raise RecipeError(f"--{name} is {value}; it must be at least {minimum}")

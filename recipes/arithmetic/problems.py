@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recipes.arithmetic.options import DataOptions
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}

@@ -7,7 +7,7 @@ import importlib
 import logging
 import sys
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 MODELS = {  # a name, and the module whose `run(name, other arguments)` is called; imported only when chosen
     "linear": "recipes.extreme_classification.linear",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 METRICS = ("P@1", "P@5", "nDCG@5", "PSP@1", "PSP@5")
 SAME = ("data", "train_documents", "test_documents", "labels", "filtered_pairs")

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.readers.filters import find_filter, read_filter
 from recipes.extreme_classification.readers.json_lines import read_documents, read_label_texts
 from recipes.extreme_classification.readers.rows import as_labels
 from recipes.extreme_classification.readers.sparse import read_labelled, read_npz, read_pairs
 from recipes.extreme_classification.readers.text import MappedLines
-from recipes.one_billion_word.errors import RecipeError
 from xhead.retrieval.propensity import propensity_constants
 
 TEXTS = ("title", "content")

@@ -13,19 +13,18 @@ import functools
 import gc
 import re
 import sys
-import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from recipes.common.errors import RecipeError
+from recipes.common.sources import standard_library, syntax_trees
 from recipes.extreme_classification.dataset import Dataset, Splits
 from recipes.extreme_classification.readers.rows import Rows
-from recipes.one_billion_word.errors import RecipeError
 from xhead.retrieval.propensity import propensity_constants
 
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 MINIMUM_DOCUMENTS = 2_000
 TEST_SHARE = 10  # one document in ten
 DOCUMENTED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -42,7 +41,7 @@ def embedded_splits(text: str = "title", root: Path | None = None) -> Splits:
     Raises:
         RecipeError: the installation was stripped of its sources.
     """
-    documents = _documents(root or Path(sysconfig.get_paths()["stdlib"]))
+    documents = _documents(root or standard_library())
     if root is None and len(documents) < MINIMUM_DOCUMENTS:
         raise RecipeError(
             f"this Python installation ({sys.executable}) holds only {len(documents)} documented functions and "
@@ -86,13 +85,7 @@ def _documents(root: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _read_documents(root: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for path in sorted(root.rglob("*.py")):
-        if SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1]):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):  # templates and files of another version lie among the sources
-            continue
+    for tree in syntax_trees(root):
         for node in ast.walk(tree):
             if isinstance(node, DOCUMENTED) and (docstring := ast.get_docstring(node)):
                 names = tuple(sorted(set(_names(node.body[1:]))))

@@ -12,9 +12,9 @@ import numpy as np
 from scipy.sparse import csr_matrix, hstack
 from sklearn.preprocessing import normalize
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.dataset import Splits
 from recipes.extreme_classification.readers.rows import Rows
-from recipes.one_billion_word.errors import RecipeError
 
 WORD = re.compile(r"\w+")
 FILE = "features.json"

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import HfArgumentParser
 
+from recipes.common.command_line import parse
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.evaluation import Clock, measure, ranks_needed, write_evaluation
 from recipes.extreme_classification.features import make_features
 from recipes.extreme_classification.options import DataOptions, load_data
-from recipes.one_billion_word.errors import RecipeError
 from xhead.retrieval.metrics import NONE
 
 
@@ -49,14 +49,14 @@ def run(name: str, arguments: list[str]) -> dict[str, Any]:
     Raises:
         RecipeError: an option or the data cannot be used, or napkinXC is not installed.
     """
-    parser = HfArgumentParser(
-        (DataOptions, LabelTreeOptions),  # pyright: ignore
-        prog=f"python -m recipes.extreme_classification --model {name}",
-        allow_abbrev=False,
+    program = f"python -m recipes.extreme_classification --model {name}"
+    data, options = parse(
+        (DataOptions, LabelTreeOptions),
+        program,
+        "Train and measure napkinXC's probabilistic label tree.",
+        {},
+        arguments,
     )
-    data, options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if unknown:
-        raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
     try:
         napkin = importlib.import_module("napkinxc.models")
     except ImportError as error:

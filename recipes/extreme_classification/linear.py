@@ -23,12 +23,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from recipes.common.command_line import parse
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.evaluation import Clock, measure, ranks_needed, write_evaluation
 from recipes.extreme_classification.features import Features, largest, make_features
 from recipes.extreme_classification.options import DataOptions, load_data
-from recipes.one_billion_word.errors import RecipeError
 from xhead.retrieval.metrics import Ranking
 from xhead.retrieval.propensity import label_counts
 
@@ -65,14 +65,10 @@ def run(name: str, arguments: list[str]) -> dict[str, Any]:
     Raises:
         RecipeError: an option or the data cannot be used.
     """
-    parser = HfArgumentParser(
-        (DataOptions, LinearOptions),  # pyright: ignore
-        prog=f"python -m recipes.extreme_classification --model {name}",
-        allow_abbrev=False,
+    program = f"python -m recipes.extreme_classification --model {name}"
+    data, options = parse(
+        (DataOptions, LinearOptions), program, "Train and measure a linear classifier a label.", {}, arguments
     )
-    data, options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if unknown:
-        raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
     splits = load_data(data)
     clock = Clock()
     features = make_features(splits, options.characters)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.dataset import TEXTS, Dataset, Splits, load
-from recipes.one_billion_word.errors import RecipeError
 
 
 @dataclass

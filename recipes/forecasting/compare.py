@@ -12,12 +12,12 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import xhead
+from recipes.common.errors import RecipeError
 from recipes.forecasting.options import DataOptions, ModelOptions, RunOptions, frequencies_of, parse_options
 from recipes.forecasting.report import write_report
 from recipes.forecasting.scores import forecast
 from recipes.forecasting.series import load_series
 from recipes.forecasting.windows import MISSING, TokenRows, ValueTokens, Windows, split
-from recipes.one_billion_word.errors import RecipeError
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.command_line import at_least, parse
+from recipes.common.errors import RecipeError
 
 
 @dataclass
@@ -33,9 +34,9 @@ class DataOptions:
     high: float = field(default=8.0, metadata={"help": "The last bin's upper end."})
 
     def __post_init__(self) -> None:
-        _at_least(1, made_series=self.made_series, horizon=self.horizon, season=self.season)
-        _at_least(1, train_windows=self.train_windows, test_windows=self.test_windows)
-        _at_least(2, bins=self.bins)
+        at_least(1, made_series=self.made_series, horizon=self.horizon, season=self.season)
+        at_least(1, train_windows=self.train_windows, test_windows=self.test_windows)
+        at_least(2, bins=self.bins)
         if self.context <= self.season:
             raise RecipeError(f"--context is {self.context}; it must be more than --season, {self.season}")
         if not self.low < self.high:
@@ -51,7 +52,7 @@ class ModelOptions:
     attention_heads: int = field(default=4, metadata={"help": "Attention heads; twice their number divides the width."})
 
     def __post_init__(self) -> None:
-        _at_least(1, hidden_size=self.hidden_size, layers=self.layers, attention_heads=self.attention_heads)
+        at_least(1, hidden_size=self.hidden_size, layers=self.layers, attention_heads=self.attention_heads)
         if self.hidden_size % (2 * self.attention_heads):
             raise RecipeError(
                 f"--hidden_size is {self.hidden_size}; it must be a multiple of 2 x --attention_heads = "
@@ -77,7 +78,7 @@ class RunOptions:
     samples: int = field(default=20, metadata={"help": "Paths drawn for a forecast."})
 
     def __post_init__(self) -> None:
-        _at_least(2, samples=self.samples)
+        at_least(2, samples=self.samples)
         if len(set(self.heads)) != len(self.heads):
             raise RecipeError(f"--heads is {' '.join(self.heads)}; each may be there once")
         for head in self.heads:
@@ -99,37 +100,21 @@ Options: TypeAlias = tuple[DataOptions, ModelOptions, RunOptions, TrainingArgume
 
 def parse_options(arguments: list[str] | None = None) -> Options:
     """Parse a command line. Raises RecipeError for what is unknown or out of range."""
-    parser = HfArgumentParser(
-        (DataOptions, ModelOptions, RunOptions, TrainingArguments),  # pyright: ignore
-        prog="python -m recipes.forecasting",
-        description="Forecast time series as tokens, with the dense head and with Fourier heads, and compare.",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(
-        output_dir="runs/forecasting",
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=32,
-        max_steps=400,
-        learning_rate=3e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        weight_decay=0.01,
-        logging_steps=50,
-        save_strategy="no",
-        dataloader_pin_memory=False,
-        report_to="none",
-    )
-    try:
-        parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    data, model, run, training, unknown = parsed
-    if unknown:
-        raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
+    defaults = {
+        "output_dir": "runs/forecasting",
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 32,
+        "max_steps": 400,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "weight_decay": 0.01,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+    }
+    kinds = (DataOptions, ModelOptions, RunOptions, TrainingArguments)
+    description = "Forecast time series as tokens, with the dense head and with Fourier heads, and compare."
+    data, model, run, training = parse(kinds, "python -m recipes.forecasting", description, defaults, arguments)
     return data, model, run, training
-
-
-def _at_least(minimum: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < minimum:
-            raise RecipeError(f"--{name} is {value}; it must be at least {minimum}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 
 @dataclass(frozen=True)

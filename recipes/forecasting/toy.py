@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from recipes.common.errors import RecipeError
 from recipes.forecasting.smoothness import smoothness
 from recipes.forecasting.toy_data import BINS, CENTRES, DISTRIBUTIONS, ToyData, draw
 from recipes.forecasting.toy_report import plot_masses, toy_table
-from recipes.one_billion_word.errors import RecipeError
 from xhead.heads import FourierHead
 
 

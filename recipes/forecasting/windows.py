@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recipes.common.errors import RecipeError
 from recipes.forecasting.series import Series
-from recipes.one_billion_word.errors import RecipeError
 
 MISSING = 0
 IGNORED = -100

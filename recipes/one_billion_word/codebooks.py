@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import xhead
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.options import VQ, parse_options
 from recipes.one_billion_word.plots import plot_codebooks
 from recipes.one_billion_word.train import run

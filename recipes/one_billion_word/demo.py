@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import HfArgumentParser, LlamaForCausalLM, default_data_collator
 
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.data import prepare_data
-from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.model import apply_loss, check_loss
 from recipes.one_billion_word.options import STOCK, parse_options
 from recipes.one_billion_word.plots import plot_losses

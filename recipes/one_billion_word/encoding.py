@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.one_billion_word.checkpoints import written_aside
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.checkpoints import written_aside
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.vocabulary import Vocabulary
 
 FLUSH_EVERY = 1 << 20

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 import xhead
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.adaptive import AdaptiveLlama, AdaptiveNgram
-from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.ngram import NgramConfig, NgramForCausalLM
 from recipes.one_billion_word.options import ADAPTIVE, NGRAM, SAMPLED, SPHERICAL, STOCK, ModelOptions
 from recipes.one_billion_word.sampled import SampledSoftmax

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.command_line import at_least, json_object, parse
+from recipes.common.errors import RecipeError
 
 STOCK = "stock"
 SAMPLED = "sampled"
@@ -60,8 +60,8 @@ class DataOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(1, min_count=self.min_count, valid_sentences=self.valid_sentences)
-        _at_least(8, block_length=self.block_length)
+        at_least(1, min_count=self.min_count, valid_sentences=self.valid_sentences)
+        at_least(8, block_length=self.block_length)
         if self.vocab is not None and self.vocab_size is not None:
             raise RecipeError("--vocab and --vocab_size exclude each other: cut the file to the lines wanted instead")
 
@@ -113,7 +113,7 @@ class ModelOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(1, hidden_size=self.hidden_size, layers=self.layers, attention_heads=self.attention_heads)
+        at_least(1, hidden_size=self.hidden_size, layers=self.layers, attention_heads=self.attention_heads)
         if self.hidden_size % (2 * self.attention_heads):
             raise RecipeError(
                 f"--hidden_size is {self.hidden_size}: it must be a multiple of 2 x --attention_heads = "
@@ -126,8 +126,8 @@ class ModelOptions:
         ):
             if value not in known:
                 raise RecipeError(f"--{name} is {value!r}; known: {', '.join(filter(None, known))}")
-        _at_least(1, context=self.context, embedding_size=self.embedding_size)
-        _at_least(1, hidden_sizes=min(self.parsed_hidden_sizes))
+        at_least(1, context=self.context, embedding_size=self.embedding_size)
+        at_least(1, hidden_sizes=min(self.parsed_hidden_sizes))
         if self.head != LINEAR and self.loss != STOCK:
             raise RecipeError(f"--head {self.head} has a loss of its own: leave --loss {self.loss} out")
         options = self.parsed_loss_options
@@ -147,11 +147,11 @@ class ModelOptions:
 
     @property
     def parsed_loss_options(self) -> dict[str, Any]:
-        return _json_object("--loss_options", self.loss_options)
+        return json_object("--loss_options", self.loss_options)
 
     @property
     def parsed_head_options(self) -> dict[str, Any]:
-        return _json_object("--head_options", self.head_options)
+        return json_object("--head_options", self.head_options)
 
 
 @dataclass
@@ -171,8 +171,8 @@ class RunOptions:
     measure_memory: bool = field(default=False, metadata={"help": "Measure the peak memory of one loss call."})
 
     def __post_init__(self) -> None:
-        _at_least(1, valid_steps=self.valid_steps)
-        _at_least(0, save_head_inputs=self.save_head_inputs)
+        at_least(1, valid_steps=self.valid_steps)
+        at_least(0, save_head_inputs=self.save_head_inputs)
 
 
 Options: TypeAlias = tuple[DataOptions, ModelOptions, RunOptions, TrainingArguments]
@@ -184,38 +184,28 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     Raises:
         RecipeError: an option is not known, a value is out of range, or two exclude each other.
     """
-    parser = HfArgumentParser(
-        (DataOptions, ModelOptions, RunOptions, TrainingArguments),  # pyright: ignore
-        prog="python -m recipes.one_billion_word",
-        description="Train a word-level model and measure its exact perplexity and ranking errors.",
-        allow_abbrev=False,
-    )
     on_gpu = torch.cuda.is_available()
-    parser.set_defaults(
-        output_dir="runs/one_billion_word",
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=16,
-        num_train_epochs=1.0,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        weight_decay=0.01,
-        logging_steps=10,
-        save_steps=500,
-        save_total_limit=2,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
-        dataloader_pin_memory=on_gpu,
-        ddp_find_unused_parameters=False,
-        report_to="none",
-    )
-    parser.set_defaults(**PRESETS.get(preset_of(arguments), {}))
-    try:
-        parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    except ValueError as error:  # from TrainingArguments: such as bf16 on a device without it
-        raise RecipeError(str(error)) from error
-    data, model, run, training, unknown = parsed
-    if unknown:
-        raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
+    defaults = {
+        "output_dir": "runs/one_billion_word",
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16,
+        "num_train_epochs": 1.0,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
+        "weight_decay": 0.01,
+        "logging_steps": 10,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": on_gpu,
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+    }
+    defaults |= PRESETS.get(preset_of(arguments), {})
+    kinds = (DataOptions, ModelOptions, RunOptions, TrainingArguments)
+    description = "Train a word-level model and measure its exact perplexity and ranking errors."
+    data, model, run, training = parse(kinds, "python -m recipes.one_billion_word", description, defaults, arguments)
     if training.save_strategy == "steps" and training.save_steps % training.logging_steps:
         raise RecipeError(
             f"--save_steps {training.save_steps} must be a multiple of --logging_steps {training.logging_steps}: "
@@ -229,19 +219,3 @@ def preset_of(arguments: list[str] | None) -> str:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default="")
     return finder.parse_known_args(arguments)[0].preset
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{name} is {text!r}, which is not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise RecipeError(f"{name} is {text!r}; it must be a JSON object of option names")
-    return options
-
-
-def _at_least(minimum: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < minimum:
-            raise RecipeError(f"--{name} is {value}; it must be at least {minimum}")

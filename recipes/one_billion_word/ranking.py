@@ -28,9 +28,10 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
+from recipes.common.command_line import json_object
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.callbacks import now
 from recipes.one_billion_word.data import Data, prepare_data
-from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.model import apply_loss, build_model, check_loss, count_parameters
 from recipes.one_billion_word.options import ADAPTIVE, SPHERICAL, ModelOptions, parse_options, preset_of
 from recipes.one_billion_word.perplexity import measure_errors, measure_perplexity
@@ -165,11 +166,8 @@ def command_line(method: str, options: RankingOptions, rest: list[str]) -> list[
 
 
 def _of_methods(name: str, options: RankingOptions) -> dict[str, dict[str, Any]]:
-    try:
-        given = json.loads(getattr(options, name))
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"--{name} is {getattr(options, name)!r}, which is not JSON: {error}") from error
-    if not isinstance(given, dict) or not all(isinstance(each, dict) for each in given.values()):
+    given = json_object(f"--{name}", getattr(options, name))
+    if not all(isinstance(each, dict) for each in given.values()):
         raise RecipeError(f"--{name} is {getattr(options, name)!r}; it must be a JSON object of objects, one a method")
     methods = [each.strip() for each in options.methods.split(",")]
     unknown = [method for method in given if method not in methods]

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.ngram import NgramForCausalLM
 from recipes.one_billion_word.options import SPHERICAL, ModelOptions
 from recipes.one_billion_word.own_head import OwnHead

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.options import ModelOptions
 from recipes.one_billion_word.vocabulary import Vocabulary
 

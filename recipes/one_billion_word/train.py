@@ -10,16 +10,16 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from recipes.one_billion_word.callbacks import ExactValidation, StepTimer
-from recipes.one_billion_word.checkpoints import (
+from recipes.common.checkpoints import (
     CheckpointedTrainer,
     check_description,
     find_checkpoint,
     write_description,
     written_aside,
 )
+from recipes.common.errors import RecipeError
+from recipes.one_billion_word.callbacks import ExactValidation, StepTimer
 from recipes.one_billion_word.data import prepare_data
-from recipes.one_billion_word.errors import RecipeError
 from recipes.one_billion_word.head_inputs import save_head_inputs
 from recipes.one_billion_word.memory import measure_loss_memory, process_peak, reset_process_peak
 from recipes.one_billion_word.model import apply_loss, build_model, check_loss

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 import xhead
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.options import VQ, ModelOptions
 from recipes.one_billion_word.vocabulary import Vocabulary
 from xhead.heads import read_options

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.neural.options import TF_IDF, NeuralOptions
-from recipes.one_billion_word.errors import RecipeError
 
 _PADDING = 0  # of the tokenizers that are trained from nothing
 

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.features import TfIdf, largest
 from recipes.extreme_classification.neural.options import FROM_NOTHING, TF_IDF, NeuralOptions
 from recipes.extreme_classification.readers.tokens import TokenIds, padded, tokenize
-from recipes.one_billion_word.errors import RecipeError
 
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 _TOKENIZER = "tokenizer"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.command_line import json_object
+from recipes.common.errors import RecipeError
 from xhead.losses import get_loss
 
 FROM_NOTHING = ("bag", "tiny", "tfidf")
@@ -180,7 +180,7 @@ class NeuralOptions:
 
     @property
     def parsed_loss_options(self) -> dict[str, Any]:
-        found = json.loads(self.loss_options)
+        found = json_object("--loss_options", self.loss_options)
         return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 

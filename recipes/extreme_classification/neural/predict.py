@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, load_model
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.neural.encoders import make_encoder
 from recipes.extreme_classification.neural.inputs import load_reader
 from recipes.extreme_classification.neural.model import normalises
 from recipes.extreme_classification.neural.options import NeuralOptions
 from recipes.extreme_classification.neural.run import DESCRIPTION, ENCODER, INDEX, LABEL_TEXTS, VECTORS
-from recipes.one_billion_word.errors import RecipeError
 from xhead.losses.vectors import unit
 from xhead.retrieval import MaximumInnerProduct, topk
 

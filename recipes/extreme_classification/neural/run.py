@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file, save_model
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.dataset import Dataset, Splits
 from recipes.extreme_classification.evaluation import Clock, measure, ranks_needed, write_evaluation
 from recipes.extreme_classification.neural.encoders import make_encoder
@@ -20,7 +21,6 @@ from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER
 from recipes.extreme_classification.neural.options import NeuralOptions
 from recipes.extreme_classification.neural.processes import processes, sum_over_processes
 from recipes.extreme_classification.neural.training import LAST, Documents, Training, predict
-from recipes.one_billion_word.errors import RecipeError
 from xhead.retrieval import MaximumInnerProduct
 
 DESCRIPTION, LABEL_TEXTS = "options.json", "labels.txt"

@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
+from recipes.common.checkpoints import written_aside
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.neural.inputs import Inputs
 from recipes.extreme_classification.neural.model import DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.options import NeuralOptions
@@ -25,8 +27,6 @@ from recipes.extreme_classification.neural.processes import (
     sum_gradients,
     sum_over_processes,
 )
-from recipes.one_billion_word.checkpoints import written_aside
-from recipes.one_billion_word.errors import RecipeError
 from xhead.heads import InPlaceClassifier
 from xhead.heads.label_batches import candidates, clustered_batches, hard_negatives, random_negatives
 from xhead.losses import get_loss

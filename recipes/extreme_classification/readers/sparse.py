@@ -14,9 +14,9 @@ from zipfile import BadZipFile
 import numpy as np
 from scipy.sparse import csr_matrix, issparse, load_npz
 
+from recipes.common.errors import RecipeError
 from recipes.extreme_classification.readers.rows import Rows
 from recipes.extreme_classification.readers.streams import malformed, numbered_lines
-from recipes.one_billion_word.errors import RecipeError
 
 
 def read_pairs(path: Path) -> csr_matrix:

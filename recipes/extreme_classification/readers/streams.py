@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 LINES_BETWEEN_UPDATES = 2_000
 

@@ -9,7 +9,7 @@ from typing import overload
 
 import numpy as np
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 BLOCK = 1 << 24  # bytes searched for line ends at a time
 

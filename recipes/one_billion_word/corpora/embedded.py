@@ -12,14 +12,12 @@ import functools
 import importlib
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 
+from recipes.common.errors import RecipeError
+from recipes.common.sources import standard_library, syntax_trees
 from recipes.one_billion_word.corpora.corpus import Corpus, split_by_hash
-from recipes.one_billion_word.errors import RecipeError
 
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 TOKEN = re.compile(r"[^\W\d_]+(?:'[a-z]+)?|\d+|_+|[^\w\s]")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(*])")
 MINIMUM_SENTENCES = 5_000
@@ -80,15 +78,8 @@ def _topics() -> list[str]:
 
 
 def _docstrings() -> Iterator[str]:
-    """Docstrings in the order of file names and positions; parsed, not imported, so no module's code runs."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1]):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):  # templates and files of another version lie among the sources
-            continue
+    """Docstrings in the order of file names and positions."""
+    for tree in syntax_trees(standard_library()):
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 yield ast.get_docstring(node) or ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.corpora.corpus import Corpus
 from recipes.one_billion_word.corpora.embedded import embedded_corpus
 from recipes.one_billion_word.corpora.official import find_official_root, official_corpus
 from recipes.one_billion_word.corpora.parquet import hub_corpus, parquet_corpus, parquet_files
 from recipes.one_billion_word.corpora.text import text_corpus, text_files
-from recipes.one_billion_word.errors import RecipeError
 
 FORMS = """--data takes one of
   a folder with the benchmark's training-monolingual.tokenized.shuffled and heldout-monolingual.tokenized.shuffled

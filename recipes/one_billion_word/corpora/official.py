@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.corpora.corpus import Corpus, file_identity
 from recipes.one_billion_word.corpora.text import read_lines
-from recipes.one_billion_word.errors import RecipeError
 
 TRAINING_FOLDER = "training-monolingual.tokenized.shuffled"
 HELD_OUT_FOLDER = "heldout-monolingual.tokenized.shuffled"

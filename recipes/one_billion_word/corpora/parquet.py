@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.corpora.corpus import Corpus, Lines, file_identity, split_by_hash
 from recipes.one_billion_word.corpora.text import group_by_split
-from recipes.one_billion_word.errors import RecipeError
 
 COLUMN = "text"
 HUB_VALID_ONE_IN = 3000  # about 10,000 of the benchmark's 30.3 million training sentences

@@ -6,8 +6,8 @@ import gzip
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from recipes.common.errors import RecipeError
 from recipes.one_billion_word.corpora.corpus import Corpus, Lines, file_identity, split_by_hash
-from recipes.one_billion_word.errors import RecipeError
 
 ENDINGS = (".txt", ".tokens", ".txt.gz", ".tokens.gz")
 NAMES = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test",)}

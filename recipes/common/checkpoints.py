@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from recipes.one_billion_word.errors import RecipeError
+from recipes.common.errors import RecipeError
 
 DESCRIPTION = "run.json"
 STATE = "trainer_state.json"
