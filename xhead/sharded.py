@@ -36,16 +36,35 @@ def statistics(problem: Problem, engine: str, vocabulary: Vocabulary) -> Results
     from `vocabulary.enter`.
     """
     own = _own_statistics(problem, engine, vocabulary)
-    flat = [_as_numbers(_batch(problem), problem.accumulate_dtype)]
-    flat += [_as_numbers(value, problem.accumulate_dtype).reshape(-1) for value in own.values()]
-    batch, *together = vocabulary.gather(torch.cat(flat)).split([each.shape[0] for each in flat], dim=1)
-    _check_batch(_as_integers(batch), vocabulary)
+    batch = (problem.target, problem.columns, problem.row_mask)
+    merged = merge(own, problem.names, vocabulary, problem.rows, *batch, dtype=problem.accumulate_dtype)
+    return {name: _of_counted_rows(value, name, problem) for name, value in merged.items()}
+
+
+def merge(
+    own: Results,
+    names: tuple[str, ...],
+    vocabulary: Vocabulary,
+    rows: int,
+    *batch: Tensor | None,
+    dtype: torch.dtype,
+) -> Results:
+    """The statistics over all classes, of what each process found over its own.
+
+    Args:
+        own: those statistics, and what merging takes beside them.
+        rows, batch: what tells one batch from another; RuntimeError where the processes' batches are not the same.
+        dtype: of the statistics.
+    """
+    flat = [_as_numbers(_told(rows, batch, next(iter(own.values())).device), dtype)]
+    flat += [_as_numbers(value, dtype).reshape(-1) for value in own.values()]
+    told, *together = vocabulary.gather(torch.cat(flat)).split([each.shape[0] for each in flat], dim=1)
+    _check_batch(_as_integers(told), vocabulary)
     parts = {}
     for (name, value), part in zip(own.items(), together, strict=True):
         part = _as_integers(part) if name == "argmax" else part
         parts[name] = part.reshape(vocabulary.size, *value.shape)
-    merged = {name: _MERGE.get(name, _sum)(parts, name, vocabulary) for name in problem.names}
-    return {name: _of_counted_rows(value, name, problem) for name, value in merged.items()}
+    return {name: _MERGE.get(name, _sum)(parts, name, vocabulary) for name in names}
 
 
 def _own_statistics(problem: Problem, engine: str, vocabulary: Vocabulary) -> Results:
@@ -72,7 +91,7 @@ def _own_statistics(problem: Problem, engine: str, vocabulary: Vocabulary) -> Re
 
 
 def _engine_statistics(own: Problem, engine: str) -> Results:
-    return autograd.statistics(own, engine) if own.vocabulary else _of_no_classes(own)
+    return autograd.statistics(own, engine) if own.vocabulary else of_no_classes(own)
 
 
 def _weight_share(problem: Problem, vocabulary: Vocabulary) -> Tensor | float:
@@ -104,7 +123,7 @@ def _of_own_classes(problem: Problem, vocabulary: Vocabulary) -> Problem:
     return replace(problem, **changes)  # type: ignore[arg-type]
 
 
-def _of_no_classes(problem: Problem) -> Results:
+def of_no_classes(problem: Problem) -> Results:
     """The statistics over no classes, from the inputs: every process has to take part in the backward."""
     nothing = problem.hidden[:, :0].sum(-1, dtype=problem.accumulate_dtype) + problem.weight.sum()
     if problem.bias is not None:
@@ -187,11 +206,10 @@ def _of_counted_rows(value: Tensor, name: str, problem: Problem) -> Tensor:
     return torch.where(mask, value, torch.zeros_like(value))
 
 
-def _batch(problem: Problem) -> Tensor:
-    """A few integers that tell one batch from another: (4,)."""
-    device = problem.hidden.device
-    told = [torch.tensor(problem.rows, device=device)]
-    for each in (problem.target, problem.columns, problem.row_mask):
+def _told(rows: int, batch: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
+    """A few integers that tell one batch from another: (1 + len(batch),)."""
+    told = [torch.tensor(rows, device=device)]
+    for each in batch:
         if each is None or each.is_floating_point():
             told.append(told[0])
         else:
@@ -200,7 +218,7 @@ def _batch(problem: Problem) -> Tensor:
 
 
 def _check_batch(told: Tensor, vocabulary: Vocabulary) -> None:
-    """told: (R, 4)"""
+    """told: (R, 1 + what tells a batch)"""
     same = told == told[0]
     if told.device.type != "cpu":
         # Reading the answer here would make every call wait for the device.

@@ -10,6 +10,7 @@ make every gradient right, with one collective a direction:
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -37,6 +38,15 @@ class Vocabulary:
         dist.all_gather_object(told, (classes, start, stop), group=group)
         _check_ranges(told)
         self._set(classes, [(start, stop) for _, start, stop in told], group)
+
+    @classmethod
+    def even(cls, classes: int, group: Any = None) -> "Vocabulary":
+        """Ranges as equal as can be, in the order of the ranks. The processes tell each other nothing here.
+
+        All of them have to give the same `classes`; the last ones hold nothing where these are fewer than processes.
+        """
+        shards = even_shards(classes, dist.get_world_size(group))
+        return cls._of(classes, _consecutive(shards), group)
 
     @classmethod
     def _of(cls, classes: int, ranges: list[tuple[int, int]], group: Any) -> "Vocabulary":
@@ -154,6 +164,28 @@ class Vocabulary:
     def whole(self, rows: Tensor) -> Tensor:
         """All rows, gathered: (stop - start, ...) -> (V, ...). For what all processes compute alike."""
         return _Whole.apply(rows, self)  # type: ignore[return-value]
+
+    def gather_rows(self, own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """The batch, of which each process has made some rows: (n_r, ...) -> (sum n_r, ...), in the order of the ranks.
+
+        For what all processes compute alike, such as a loss over the shared classes: the gradient of the batch is whole
+        there, and each process takes that of its own rows.
+
+        counts: `n_r` of every process, which they tell each other where it is left out. They may differ, and be 0.
+        """
+        if counts is None:
+            told = torch.tensor([own.shape[0]], device=own.device)
+            counts = _all_gather(told, self).tolist()
+        return _Whole.apply(own, self._of(sum(counts), _consecutive(counts), self.group))  # type: ignore[return-value]
+
+
+def even_shards(classes: int, processes: int) -> list[int]:
+    """How many classes each process has: as equal as can be."""
+    return [classes // processes + (rank < classes % processes) for rank in range(processes)]
+
+
+def _consecutive(counts: Sequence[int]) -> list[tuple[int, int]]:
+    return list(pairwise([0, *accumulate(counts)]))
 
 
 def of_dtensor(weight: DTensor) -> Vocabulary | None:

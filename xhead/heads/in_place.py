@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xhead.engines.problem import Problem, Results
 from xhead.lazy import LazyLogits
 from xhead.losses.config import check_number
+from xhead.sharded import merge, of_no_classes
 from xhead.statistics import Statistics, compressed_columns
+from xhead.vocabulary import Vocabulary
 
 
 class InPlaceClassifier(nn.Module):
@@ -34,6 +37,9 @@ class InPlaceClassifier(nn.Module):
             Adagrad, a number a label. Rare labels then learn as fast as frequent ones.
         reduce: called with each block's gradient before the step, to change it in place: to sum it over processes that
             hold the same weight, for instance.
+        vocabulary: processes share the labels; the weight is this process's range of them, which may be empty. Hidden
+            states and labels of the loss are those of the whole batch, the same in all processes, as
+            `vocabulary.gather_rows` makes them; then every step is that of one process with all labels.
 
     Raises ValueError for options that are not allowed.
     """
@@ -52,6 +58,7 @@ class InPlaceClassifier(nn.Module):
         block: int = 16384,
         adaptive: bool = False,
         reduce: Callable[[Tensor], None] | None = None,
+        vocabulary: Vocabulary | None = None,
     ):
         super().__init__()
         check_number("lr", lr, 0.0)
@@ -60,21 +67,27 @@ class InPlaceClassifier(nn.Module):
             raise ValueError(f"dtype must be torch.float64, torch.float32 or torch.bfloat16, got {dtype}")
         if min(labels, size, block) < 1:
             raise ValueError(f"labels, size and block must be at least 1, got {labels}, {size} and {block}")
+        if vocabulary is not None and labels != vocabulary.classes:
+            raise ValueError(f"labels must be those of the vocabulary, {vocabulary.classes}, got {labels}")
         self.lr, self.weight_decay, self.block, self.reduce = lr, weight_decay, block, reduce
-        self.register_buffer("weight", torch.zeros(labels, size, dtype=dtype))
-        squares = torch.zeros(labels, dtype=torch.promote_types(dtype, torch.float32))
+        self.vocabulary = vocabulary
+        held = labels if vocabulary is None else vocabulary.stop - vocabulary.start
+        self.register_buffer("weight", torch.zeros(held, size, dtype=dtype))
+        squares = torch.zeros(held, dtype=torch.promote_types(dtype, torch.float32))
         self.register_buffer("squares", squares if adaptive else None)
 
     def forward(self, hidden: Tensor) -> "BlockLogits":
         """(n, D) -> (n, L), not computed yet."""
         leaves = []
-        for start in range(0, self.weight.shape[0], self.block):
+        for start in range(0, max(self.weight.shape[0], 1), self.block):
             # `.data`: autograd must not take the step of one block for a change of what another has saved.
             leaf = self.weight.data[start : start + self.block]
             if self.training and torch.is_grad_enabled():
                 leaf.requires_grad_().register_post_accumulate_grad_hook(partial(self._step, start))
             leaves.append(leaf)
-        return BlockLogits(hidden, tuple(leaves))
+        if self.vocabulary is not None:
+            hidden = self.vocabulary.enter(hidden)
+        return BlockLogits(hidden, tuple(leaves), vocabulary=self.vocabulary)
 
     @torch.no_grad()
     def _step(self, start: int, leaf: Tensor) -> None:
@@ -107,13 +120,21 @@ class BlockLogits:
     others of the target's probability, `infonce`, `decoupled_softmax`, `sigmoid` and `asymmetric`.
     """
 
-    def __init__(self, hidden: Tensor, blocks: tuple[Tensor, ...], scale: float = 1.0):
-        self.hidden, self.blocks, self.scale = hidden, blocks, scale
+    def __init__(
+        self,
+        hidden: Tensor,
+        blocks: tuple[Tensor, ...],
+        scale: float = 1.0,
+        vocabulary: Vocabulary | None = None,
+    ):
+        """vocabulary: the blocks are this process's labels, and `hidden` is what its `enter` gave."""
+        self.hidden, self.blocks, self.scale, self.vocabulary = hidden, blocks, scale, vocabulary
         self.device = hidden.device
-        self.shape = torch.Size((hidden.shape[0], sum(block.shape[0] for block in blocks)))
+        labels = sum(block.shape[0] for block in blocks) if vocabulary is None else vocabulary.classes
+        self.shape = torch.Size((hidden.shape[0], labels))
 
     def __mul__(self, factor: float) -> "BlockLogits":
-        return BlockLogits(self.hidden, self.blocks, self.scale * factor)
+        return BlockLogits(self.hidden, self.blocks, self.scale * factor, self.vocabulary)
 
     def __truediv__(self, divisor: float) -> "BlockLogits":
         return self * (1 / divisor)
@@ -134,25 +155,52 @@ class BlockLogits:
                 f"{', '.join(_JOINED)}; take a loss of these, or a weight that an optimiser trains"
             )
         sets = None if columns is None else compressed_columns(columns, self.shape[:1], self.shape[1])
+        entries = None if sets is None else sets[1]
+        if self.vocabulary is None:
+            return Statistics(**self._own(names, target, sets, options))
+        asked = ", ".join(f"{name}={value}" for name, value in sorted(options.items()))
+        self.vocabulary.exchange(
+            f"in-place classifier: {', '.join(names)}; scale={self.scale}, {asked}; hidden of {self.hidden.dtype}",
+            f", hidden {tuple(self.hidden.shape)}",
+        )
+        own = self._own(names, target, sets, options)
+        dtype = next(iter(own.values())).dtype
+        return Statistics(**merge(own, names, self.vocabulary, self.shape[0], target, entries, dtype=dtype))
+
+    def _own(
+        self,
+        names: tuple[str, ...],
+        target: Tensor | None,
+        sets: tuple[Tensor, Tensor] | None,
+        options: dict[str, Any],
+    ) -> Results:
+        """Of the labels held here; what belongs to others is 0."""
         found: dict[str, list[Tensor]] = {name: [] for name in names}
-        places: list[Tensor] = []
-        start = 0
+        start = 0 if self.vocabulary is None else self.vocabulary.start
         for block in self.blocks:
             stop = start + block.shape[0]
+            asked = dict(options)
             if sets is not None:
-                inside, options["columns"] = _columns_within(*sets, start, stop)
-                places.append(inside)
+                inside, asked["columns"] = _columns_within(*sets, start, stop)
             if target is not None:
                 here = (target >= start) & (target < stop)
-                options["target"] = torch.where(here, target - start, 0)
+                asked["target"] = torch.where(here, target - start, 0)
             # A cast for each block, so that the gradients of all blocks are summed in the dtype of hidden.
-            logits = LazyLogits(self.hidden.to(block.dtype), block, scale=self.scale)
-            statistics = logits.statistics(*names, **options)
+            hidden = self.hidden.to(block.dtype)
+            if start < stop:
+                statistics = LazyLogits(hidden, block, scale=self.scale).statistics(*names, **asked)
+            else:
+                statistics = Statistics(**of_no_classes(Problem(hidden, block, names)))
             for name in names:
                 value = getattr(statistics, name)
-                found[name].append(torch.where(here, value, 0.0) if name == "target" else value)
+                if name == "target":
+                    value = torch.where(here, value, 0.0)
+                elif name == "column_logits":
+                    assert sets is not None
+                    value = value.new_zeros(sets[1].shape).index_copy(0, inside, value)
+                found[name].append(value)
             start = stop
-        return Statistics(**{name: _JOINED[name](found[name], places) for name in names})
+        return {name: _JOINED[name](values) for name, values in found.items()}
 
 
 def _columns_within(offsets: Tensor, column: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -167,20 +215,15 @@ def _columns_within(offsets: Tensor, column: Tensor, start: int, stop: int) -> t
     return inside, columns
 
 
-def _log_sum(values: list[Tensor], places: list[Tensor]) -> Tensor:
+def _log_sum(values: list[Tensor]) -> Tensor:
     stacked = torch.stack(values)
     empty = (stacked == float("-inf")).all(0)
     # The gradient of logsumexp over nothing is NaN, so an empty row takes a constant of its own.
     return torch.where(empty, float("-inf"), torch.where(empty, 0.0, stacked).logsumexp(0))
 
 
-def _sum(values: list[Tensor], places: list[Tensor]) -> Tensor:
+def _sum(values: list[Tensor]) -> Tensor:
     return torch.stack(values).sum(0)
-
-
-def _in_order(values: list[Tensor], places: list[Tensor]) -> Tensor:
-    order = torch.cat(places)
-    return torch.zeros(order.shape, dtype=values[0].dtype, device=order.device).index_copy(0, order, torch.cat(values))
 
 
 _JOINED = {
@@ -188,5 +231,5 @@ _JOINED = {
     "complement_lse": _log_sum,
     "pointwise_sum": _sum,
     "target": _sum,
-    "column_logits": _in_order,
+    "column_logits": _sum,
 }

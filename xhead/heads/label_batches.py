@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xhead.retrieval import topk
+from xhead.vocabulary import Vocabulary
 
 
 class Candidates(NamedTuple):
@@ -41,14 +42,19 @@ def hard_negatives(
     vectors: Tensor,  # (L, D)
     labels: Tensor,  # (n, K), -1 for none
     k: int,
+    *,
+    vocabulary: Vocabulary | None = None,
 ) -> Tensor:
     """The k labels of the largest `query . vector` that are not right, exact: (n, k), -1 where there are fewer.
+
+    vocabulary: processes share the labels; `vectors` are those of this process, and all of them get the same answer.
 
     Source: ANCE (arXiv 2007.00808); from a shortlist as in DEXML (arXiv 2310.10636).
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    best = topk(queries, vectors, min(k + labels.shape[1], vectors.shape[0])).classes
+    count = vectors.shape[0] if vocabulary is None else vocabulary.classes
+    best = topk(queries, vectors, min(k + labels.shape[1], count), vocabulary=vocabulary).classes
     right = (best[:, :, None] == labels[:, None, :]).any(-1)
     # A stable sort brings what is wrong to the front and keeps its order.
     order = right.to(torch.uint8).sort(dim=1, stable=True).indices[:, :k]

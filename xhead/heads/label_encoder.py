@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xhead.lazy import LazyLogits
 from xhead.losses.vectors import unit
+from xhead.vocabulary import Vocabulary
 
 
 class LabelEncoderHead(nn.Module):
@@ -27,8 +28,14 @@ class LabelEncoderHead(nn.Module):
         chunk: labels encoded at a time.
         normalise: the vectors are made unit vectors.
         own_vectors: add a trained vector (L, D) to what the encoder makes, 0 at the start; their size D is needed then.
+        vocabulary: processes share the labels; `inputs` and own vectors are those of this process's range alone, which
+            may be empty. Hidden states and labels of the loss are those of the whole batch, the same in all processes:
+            `vocabulary.gather_rows` makes them of what each has encoded. The gradients of hidden states and own vectors
+            are then whole, and those of the encoder's parameters what follows from the own documents and labels: add
+            them up over the processes.
 
-    Raises ValueError for inputs without labels or of different lengths, a chunk below 1, or own vectors without a size.
+    Raises ValueError for inputs without labels or of different lengths, of other labels than the vocabulary's range, a
+    chunk below 1, or own vectors without a size.
     """
 
     def __init__(
@@ -39,24 +46,37 @@ class LabelEncoderHead(nn.Module):
         chunk: int = 1024,
         normalise: bool = False,
         own_vectors: int | None = None,
+        vocabulary: Vocabulary | None = None,
     ):
         super().__init__()
         lengths = {name: tensor.shape[0] for name, tensor in inputs.items()}
-        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        if len(set(lengths.values())) != 1 or (0 in lengths.values() and vocabulary is None):
             raise ValueError(f"inputs must be tensors of one length, a row a label, got {lengths}")
+        held = next(iter(lengths.values()))
+        if vocabulary is not None and held != vocabulary.stop - vocabulary.start:
+            raise ValueError(
+                f"inputs must be those of the labels [{vocabulary.start}, {vocabulary.stop}) that this process holds, "
+                f"got {held} rows"
+            )
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 label, got {chunk}")
         self.encoder, self.chunk, self.normalise = encoder, chunk, normalise
-        self.labels = next(iter(lengths.values()))
+        self.vocabulary, self.held = vocabulary, held
+        self.labels = held if vocabulary is None else vocabulary.classes
         self.names = tuple(inputs)
         for name, tensor in inputs.items():
             self.register_buffer(f"label_{name}", tensor, persistent=False)
-        self.own = None if own_vectors is None else nn.Parameter(torch.zeros(self.labels, own_vectors))
+        self.own = None if own_vectors is None else nn.Parameter(torch.zeros(held, own_vectors))
 
     def vectors(self, index: Tensor | None = None) -> Tensor:
-        """The vectors of some labels, or of all: (B, D) or (L, D), differentiable. index: (B,)"""
+        """The vectors of some of the labels held here, or of all: (B, D), differentiable. index: (B,), of those held
+
+        Raises ValueError for no labels at all, whose vectors have no size.
+        """
         if index is None:
-            index = torch.arange(self.labels, device=getattr(self, f"label_{self.names[0]}").device)
+            index = torch.arange(self.held, device=getattr(self, f"label_{self.names[0]}").device)
+        if not len(index):
+            raise ValueError("there are no labels to encode")
         if torch.is_grad_enabled():
             pieces = [checkpoint(self._encode, part, use_reentrant=False) for part in index.split(self.chunk)]
         else:
@@ -71,6 +91,18 @@ class LabelEncoderHead(nn.Module):
         return unit(vectors).to(vectors.dtype) if self.normalise else vectors
 
     def forward(self, hidden: Tensor, index: Tensor | None = None) -> LazyLogits:
-        """The logits of some labels, or of all, not computed yet: (..., B) or (..., L). hidden: (..., D)"""
-        vectors = self.vectors(index)
-        return LazyLogits(hidden.to(vectors.dtype), vectors)
+        """The logits of some labels, or of all, not computed yet: (..., B) or (..., L). hidden: (..., D)
+
+        index: (B,). Where processes share the labels, it is ascending and the same in all of them.
+        """
+        shared = self.vocabulary
+        if shared is not None and index is not None:
+            if not (index.diff() > 0).all():
+                raise ValueError("an index of labels that processes share must be ascending, each label once")
+            chosen = shared.select(index)
+            index, shared = index[chosen.own] - shared.start, chosen
+        if (self.held if index is None else len(index)) or shared is None:
+            vectors = self.vectors(index)
+        else:
+            vectors = hidden.new_zeros(0, hidden.shape[-1])
+        return LazyLogits(hidden.to(vectors.dtype), vectors, vocabulary=shared)

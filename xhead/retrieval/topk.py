@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from xhead.statistics import check_range
+from xhead.vocabulary import Vocabulary
 
 SCORES_AT_ONCE = 2**22
 
@@ -30,6 +31,7 @@ def topk(
     offset: Tensor | None = None,  # (...)
     order: Order | None = None,
     block: int = 8192,
+    vocabulary: Vocabulary | None = None,
 ) -> TopK:
     """The k classes with the largest `o_k = hidden . w_k + bias_k + offset`, exact, in O(block) memory a row.
 
@@ -39,14 +41,18 @@ def topk(
         offset: a number a row, added to all its scores.
         order: an elementwise function; classes are compared by `order(o)`, and `o` is returned.
         block: how many classes are scored at a time.
+        vocabulary: weight and bias are the rows of this process, all else is the same in all processes, and each of
+            them gets the answer: a row's k best of every process's classes, R k numbers, are gathered and merged.
 
     Raises:
         ValueError: k outside `[1, V]`, or a block below 1.
         RuntimeError: shapes that do not fit together.
     """
-    classes = weight.shape[0]
+    classes = weight.shape[0] if vocabulary is None else vocabulary.classes
     if not 1 <= k <= classes:
         raise ValueError(f"k must be from 1 to the number of classes, {classes}, got {k}")
+    if vocabulary is not None:
+        return _of_all_processes(hidden, weight, k, bias, offset, order, block, vocabulary)
     found = []
     for _, rows, shift in _row_blocks(hidden, weight, offset, block):
         best_key = best_score = best_class = None
@@ -68,6 +74,31 @@ def topk(
         return TopK(hidden.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=hidden.device))
     scores, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
     return TopK(scores.reshape(shape), indices.reshape(shape))
+
+
+def _of_all_processes(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (stop - start, D)
+    k: int,
+    bias: Tensor | None,  # (stop - start,)
+    offset: Tensor | None,  # (...)
+    order: Order | None,
+    block: int,
+    vocabulary: Vocabulary,
+) -> TopK:
+    vocabulary.exchange(f"the {k} best classes of hidden of {hidden.dtype}", f", hidden {tuple(hidden.shape)}")
+    held = min(k, weight.shape[0])
+    shape = (*hidden.shape[:-1], k)
+    scores = hidden.new_full(shape, -torch.inf)
+    classes = torch.full(shape, vocabulary.classes, device=hidden.device)
+    if held:
+        own = topk(hidden, weight, held, bias=bias, offset=offset, order=order, block=block)
+        scores[..., :held], classes[..., :held] = own.scores, own.classes + vocabulary.start
+    every = [vocabulary.gather(each.flatten()).view(-1, *shape) for each in (scores, classes)]
+    scores, classes = (each.movedim(0, -2).flatten(-2) for each in every)
+    keys = scores if order is None else order(scores)
+    chosen = keys.masked_fill(classes == vocabulary.classes, -torch.inf).topk(k, dim=-1).indices
+    return TopK(scores.gather(-1, chosen), classes.gather(-1, chosen))
 
 
 TIES = {"best": 0.0, "mean": 0.5, "worst": 1.0}

@@ -18,9 +18,10 @@ from xhead.heads.spherical.factored import FactoredWeight
 from xhead.heads.spherical.gradient import Gradient
 from xhead.heads.spherical.prediction import Prediction
 from xhead.heads.spherical.rows import SphericalRows
-from xhead.heads.spherical.sharded import ShardedWeight, even_shards
+from xhead.heads.spherical.sharded import ShardedWeight
 from xhead.heads.spherical.targets import parse_targets
 from xhead.losses.spherical_family import SphericalLoss, spherical_loss
+from xhead.vocabulary import even_shards
 
 REDUCTIONS = ("mean", "sum", "none")
 

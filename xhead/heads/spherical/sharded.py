@@ -25,11 +25,6 @@ from xhead.retrieval import TopK, topk
 from xhead.retrieval.topk import Order, check_ranks, count_before, place_of
 
 
-def even_shards(classes: int, processes: int) -> list[int]:
-    """How many classes each process has: as equal as can be."""
-    return [classes // processes + (rank < classes % processes) for rank in range(processes)]
-
-
 class ShardedWeight(FactoredWeight):
     """The part of a factored weight that one process has. Its methods are called in all processes, in one order.
 
