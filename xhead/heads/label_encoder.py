@@ -104,5 +104,7 @@ class LabelEncoderHead(nn.Module):
         if (self.held if index is None else len(index)) or shared is None:
             vectors = self.vectors(index)
         else:
-            vectors = hidden.new_zeros(0, hidden.shape[-1])
+            # Own vectors stay part of the graph: an optimiser treats a gradient of 0 and none at all differently.
+            nothing = hidden.new_zeros(0, hidden.shape[-1])
+            vectors = nothing if self.own is None else self.own[:0].to(hidden.dtype)
         return LazyLogits(hidden.to(vectors.dtype), vectors, vocabulary=shared)

@@ -148,6 +148,10 @@ class NeuralOptions:
         default=None,
         metadata={"help": "Export a faiss index of the label vectors too: HNSW32, or any of faiss.index_factory."},
     )
+    shard_labels: bool = field(
+        default=True,
+        metadata={"help": "Each of several processes holds a part of the labels; else all of them."},
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last whole epoch in --output_dir."})
     seed: int = field(default=0, metadata={"help": "Of everything that is drawn."})
 

@@ -1,7 +1,8 @@
 """Training on several processes, as `accelerate launch` starts them, with the result of one.
 
-Each process takes some documents of every batch, and the gradients are added up, so that all of them take the same
-step. Random masks of dropout differ from those of one process; everything else is the same up to rounding.
+Each process takes some documents of every batch, and holds some of the labels or all; the gradients of what all of
+them hold are added up, so that they take the same step. Random masks of dropout differ from those of one process;
+everything else is the same up to rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from xhead.vocabulary import Vocabulary
+
 
 def processes() -> PartialState:
     """The processes that train together, one where nothing started more; on a GPU where there is one."""
@@ -22,12 +25,17 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu)
 
 
+def shared_labels(labels: int, state: PartialState, wanted: bool) -> Vocabulary | None:
+    """Which labels this process holds; None where it holds all."""
+    return Vocabulary.even(labels) if wanted and state.num_processes > 1 else None
+
+
 def own_share(rows: Tensor, state: PartialState) -> tuple[Tensor, float]:
     """This process's part of a batch, and what it counts: 0 where a batch has fewer rows than there are processes.
 
     rows: (b,) -> (s,), at least one
     """
-    mine = rows[state.process_index :: state.num_processes]
+    mine = rows.tensor_split(state.num_processes)[state.process_index]
     return (mine, 1.0) if len(mine) else (rows[:1], 0.0)
 
 

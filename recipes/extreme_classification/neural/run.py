@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file, save_model
 
 from recipes.common.errors import RecipeError
@@ -19,13 +21,15 @@ from recipes.extreme_classification.neural.encoders import make_encoder
 from recipes.extreme_classification.neural.inputs import load_reader, make_reader
 from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.options import NeuralOptions
-from recipes.extreme_classification.neural.processes import processes, sum_over_processes
-from recipes.extreme_classification.neural.training import LAST, Documents, Training, predict
+from recipes.extreme_classification.neural.processes import processes, shared_labels, sum_over_processes
+from recipes.extreme_classification.neural.state import folder_of_all, last_checkpoint, remove_checkpoints
+from recipes.extreme_classification.neural.training import Documents, Training, predict
+from xhead.heads.label_shards import load_label_rows, save_label_rows
 from xhead.retrieval import MaximumInnerProduct
 
 DESCRIPTION, LABEL_TEXTS = "options.json", "labels.txt"
 ENCODER, VECTORS, INDEX = "encoder.safetensors", "labels.safetensors", "labels.faiss"
-FREE_TO_CHANGE = ("output_dir", "resume", "preset", "patience", "index", "label_chunk")
+FREE_TO_CHANGE = ("output_dir", "resume", "preset", "patience", "index", "label_chunk", "shard_labels")
 
 
 def run_model(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -> dict[str, Any]:
@@ -52,8 +56,12 @@ def run_model(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -
     if kind == DUAL_ENCODER and train.label_texts is None:
         raise RecipeError(f"--model {kind} reads label texts, and {splits.name} has none: use --model classifier")
     state = processes()
-    if kind == CLASSIFIER and options.classifier_dtype == "bfloat16" and state.num_processes > 1:
-        raise RecipeError("--classifier_dtype bfloat16 rounds at random in each process: use float32, or one process")
+    vocabulary = shared_labels(train.shape[1], state, options.shard_labels)
+    if kind == CLASSIFIER and options.classifier_dtype == "bfloat16" and state.num_processes > 1 and not vocabulary:
+        raise RecipeError(
+            "--classifier_dtype bfloat16 rounds at random, and processes that hold the same labels would part: use "
+            "float32, one process, or --shard_labels True"
+        )
     if options.index is not None and importlib.util.find_spec("faiss") is None:
         raise RecipeError(f"--index {options.index} needs faiss: pip install faiss-cpu")
     clock = Clock()
@@ -66,13 +74,16 @@ def run_model(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -
         documents, tests = reader(train.texts, tokens / "train"), reader(test.texts, tokens / "test")
         labels = reader(train.label_texts, tokens / "labels") if kind == DUAL_ENCODER and train.label_texts else None
     encoder = make_encoder(options, reader.size)
-    model = XmcModel(kind, encoder, options, train.shape[1], labels, sum_over_processes).to(state.device)
+    model = XmcModel(kind, encoder, options, train.shape[1], labels, sum_over_processes, vocabulary)
+    model = model.to(state.device)
     training = Training(model, options, Documents(documents, train.labels, np.arange(train.shape[0])), folder, state)
     training.run()
+    if not state.is_main_process and vocabulary is None:
+        return {}
+    export(model, options, folder, state)
+    found = predict(model, tests, ranks_needed(splits))[1]
     if not state.is_main_process:
         return {}
-    export(model, options, folder)
-    found = predict(model, tests, ranks_needed(splits))[1]
     return write_evaluation(
         measure(splits, found.numpy()),
         folder,
@@ -87,7 +98,7 @@ def run_model(kind: str, splits: Splits, options: NeuralOptions, folder: Path) -
 def _start(kind: str, train: Dataset, options: NeuralOptions, folder: Path) -> None:
     """What reads texts, the options and the label texts, written to the folder; left as they are on resuming."""
     description = {"kind": kind, "labels": train.shape[1], **asdict(options)}
-    if options.resume and (folder / LAST).is_file():
+    if options.resume and last_checkpoint(folder) is not None:
         before = json.loads((folder / DESCRIPTION).read_text())
         changed = [name for name in description if name not in FREE_TO_CHANGE and before.get(name) != description[name]]
         if changed:
@@ -98,8 +109,8 @@ def _start(kind: str, train: Dataset, options: NeuralOptions, folder: Path) -> N
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for left in (LAST, INDEX):
-        (folder / left).unlink(missing_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
+    remove_checkpoints(folder)
     label_texts = train.label_texts or ()
     make_reader(options, [*(train.texts or ()), *label_texts]).save(folder)
     if label_texts:
@@ -107,10 +118,21 @@ def _start(kind: str, train: Dataset, options: NeuralOptions, folder: Path) -> N
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
-def export(model: XmcModel, options: NeuralOptions, folder: Path) -> None:
-    """Write the encoder, the label vectors over the temperature, and a faiss index of these if one is wanted."""
-    save_model(model.encoder, str(folder / ENCODER))
+def export(model: XmcModel, options: NeuralOptions, folder: Path, state: PartialState) -> None:
+    """Write the encoder, the label vectors over the temperature, and a faiss index of these if one is wanted.
+
+    Processes that share the labels all call it; the main one collects the vectors, from files.
+    """
     vectors = (model.label_vectors() / model.temperature).cpu().contiguous()
+    if model.vocabulary is not None:
+        pieces = folder / "vectors"
+        with folder_of_all(pieces, state) as aside:
+            save_label_rows(aside, {"vectors": vectors}, *model.range, model.labels)
+        if not state.is_main_process:
+            return
+        vectors = load_label_rows(pieces)["vectors"]
+        shutil.rmtree(pieces)
+    save_model(model.encoder, str(folder / ENCODER))
     save_file({"vectors": vectors}, folder / VECTORS)
     if options.index is not None:
         index = MaximumInnerProduct(vectors, description=options.index)

@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_model, save_model
 from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
-from recipes.common.checkpoints import written_aside
 from recipes.common.errors import RecipeError
 from recipes.extreme_classification.neural.inputs import Inputs
 from recipes.extreme_classification.neural.model import DUAL_ENCODER, XmcModel
@@ -27,12 +25,17 @@ from recipes.extreme_classification.neural.processes import (
     sum_gradients,
     sum_over_processes,
 )
+from recipes.extreme_classification.neural.state import (
+    checkpoint,
+    last_checkpoint,
+    load,
+    remove_checkpoints,
+    save,
+)
 from xhead.heads import InPlaceClassifier
 from xhead.heads.label_batches import candidates, clustered_batches, hard_negatives, random_negatives
 from xhead.losses import get_loss
 from xhead.retrieval import topk
-
-BEST, LAST = "model.safetensors", "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ class Training:
 
     def run(self) -> None:
         """Train to the end, or until the held-out documents get no better; the best model is left in the folder."""
-        if self.options.resume and (self.folder / LAST).is_file():
-            self._load()
+        last = last_checkpoint(self.folder)
+        if self.options.resume and last is not None:
+            self._load(last)
         seed_apart(self.options.seed + self.epoch, self.state)
         while self.epoch < self.options.epochs and self.waited < self.options.patience:
             loss = self._train_epoch()
@@ -120,13 +124,8 @@ class Training:
             self.waited += 1
             if quality > self.best:
                 self.best, self.waited = quality, 0
-                if self.state.is_main_process:
-                    with written_aside(self.folder / BEST) as path:
-                        save_model(self.model, str(path))
-            if self.state.is_main_process:
-                self._save()
-        self.state.wait_for_everyone()
-        load_model(self.model, str(self.folder / BEST))
+            self._save()
+        load(self._best_checkpoint(), self.model)
 
     def _train_epoch(self) -> float:
         if self.epoch % self.options.refresh_epochs == 0:
@@ -148,13 +147,14 @@ class Training:
             loss = self._share_of_loss(index)
             self.optimizer.zero_grad()
             loss.backward()
-            sum_gradients(self.model.parameters())
+            sum_gradients(self.model.shared_parameters())
             self.optimizer.step()
             self.schedule.step()
             total += loss.item() * len(index)
             progress.set_postfix(loss=f"{loss.item():.4f}")
         total = total.to(self.model.device)
-        sum_over_processes(total)
+        if self.model.vocabulary is None:
+            sum_over_processes(total)
         return total.item() / len(self.train)
 
     def _batches(self) -> Iterator[Tensor]:
@@ -165,14 +165,20 @@ class Training:
             yield from torch.randperm(len(self.train), generator=self.generator).split(self.options.batch_size)
 
     def _share_of_loss(self, index: Tensor) -> Tensor:
-        """This process's part of the mean over the documents of a batch. index: (b,)"""
-        rows, counted = own_share(torch.arange(len(index)), self.state)
+        """This process's part of the mean over the documents of a batch, or all of it where labels are shared.
+
+        index: (b,)
+        """
+        rows, counted = torch.arange(len(index)), 1.0
+        if self.model.vocabulary is None:
+            rows, counted = own_share(rows, self.state)
         labels, negatives = self.train.part(index).padded_labels(), self._negatives(index)
         if negatives is None:
             candidate_labels = None
         else:  # of the whole batch, so that every process has the same
             candidate_labels, labels = candidates(labels, negatives)
-        logits = self.model.logits(self.train.part(index[rows]).batch(), candidate_labels)
+        documents = self.train.part(index[rows])
+        logits = self.model.logits(documents.inputs, documents.rows, candidate_labels)
         return counted * self.loss(logits, labels[rows]).sum() / len(index)
 
     def _negatives(self, index: Tensor) -> Tensor | None:
@@ -195,7 +201,8 @@ class Training:
         if hard:
             count = max(1, self.options.negative_count // 100)
             right = self.train.padded_labels().to(vectors.device)
-            self.hard = hard_negatives(vectors, self.model.label_vectors(), right, count).cpu()
+            found = hard_negatives(vectors, self.model.label_vectors(), right, count, vocabulary=self.model.vocabulary)
+            self.hard = found.cpu()
 
     def quality(self, documents: Documents, k: int = 5) -> float:
         """nDCG@k, over the documents that have a label."""
@@ -208,22 +215,24 @@ class Training:
         shares = gains.sum(1)[labelled] / ideal[counts[labelled] - 1]
         return shares.mean().item() if len(shares) else 0.0
 
+    def _best_checkpoint(self) -> Path:
+        best = max(self.history, key=lambda epoch: epoch["held_out_nDCG@5"])
+        return checkpoint(self.folder, int(best["epoch"]))
+
     def _save(self) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        path = checkpoint(self.folder, self.epoch)
+        more = {
             "schedule": self.schedule.state_dict(),
             "progress": (self.epoch, self.best, self.waited, self.history),
             "random": (torch.get_rng_state(), self.generator.get_state()),
             "found": (self.document_vectors, self.hard),
         }
-        with written_aside(self.folder / LAST) as path:
-            torch.save(state, path)
+        save(path, self.model, self.optimizer, self.state, more)
+        if self.state.is_main_process:
+            remove_checkpoints(self.folder, keep=(path, self._best_checkpoint()))
 
-    def _load(self) -> None:
-        state = torch.load(self.folder / LAST, weights_only=True, map_location="cpu")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _load(self, path: Path) -> None:
+        state = load(path, self.model, self.optimizer)
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.best, self.waited, self.history = state["progress"]
         random, generator = state["random"]
@@ -235,6 +244,10 @@ class Training:
 
 
 def predict(model: XmcModel, inputs: Inputs, k: int, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-    """Scores and labels of the k best for some documents, or for all, exact: (n, k) both, on the CPU. rows: (n,)"""
-    found = topk(model.document_vectors(inputs, rows).float(), model.label_vectors(), k)
+    """Scores and labels of the k best for some documents, or for all, exact: (n, k) both, on the CPU. rows: (n,)
+
+    Where processes share the labels, all of them call it, and get the same.
+    """
+    vectors = model.document_vectors(inputs, rows).float()
+    found = topk(vectors, model.label_vectors(), k, vocabulary=model.vocabulary)
     return (found.scores / model.temperature).cpu(), found.classes.cpu()
