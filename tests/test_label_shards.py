@@ -156,6 +156,22 @@ def check_last_labels_of_shards(ranges):
             assert (gradient @ hidden[0])[label - vocabulary.start] < 0
 
 
+def check_equal_scores(ranges):
+    """All processes take the same of equal logits for the largest."""
+    vocabulary = xhead.Vocabulary(LABELS, *ranges[dist.get_rank()])
+    weight = torch.ones(LABELS, SIZE, dtype=torch.float64)
+    weight[::3] = 2.0
+    loss, labels = get_loss("soft_topk", k=(1, 10)), right_labels(ranges)[:2]
+    gradients = []
+    for shared in (None, vocabulary):
+        hidden = torch.ones(2, SIZE, dtype=torch.float64, requires_grad=True)
+        own = weight if shared is None else weight[shared.own]
+        rows = loss(xhead.LazyLogits(hidden, own, vocabulary=shared), labels)
+        gradients.append((rows, *torch.autograd.grad(rows.sum(), hidden)))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def check_classifier(ranges, counts, dtype, adaptive):
     vocabulary = xhead.Vocabulary(LABELS, *ranges[dist.get_rank()])
     labels = right_labels(ranges)
@@ -226,7 +242,7 @@ def check_refusals():
 
 
 def check_all(rank, processes):
-    warnings.filterwarnings("ignore", category=xhead.MaterializedWarning)
+    warnings.simplefilter("error", xhead.MaterializedWarning)
     for place, (ranges, counts) in enumerate(SPLITS[processes]):
         # float32 does not need every split.
         for dtype in ALLOWED if place == 0 else [torch.float64]:
@@ -234,6 +250,7 @@ def check_all(rank, processes):
             check_classifier(ranges, counts, dtype, adaptive=place != 1)
         check_label_encoder(ranges, counts, torch.float64, index=torch.tensor([0, 7, LABELS - 1]))
         check_last_labels_of_shards(ranges)
+        check_equal_scores(ranges)
         check_search(ranges)
     if processes == 2:
         check_refusals()

@@ -13,6 +13,7 @@ from tests.dense import dense_logits, relative_error
 from tests.largest import Largest
 from xhead import replay
 from xhead.engines import soft_topk
+from xhead.engines.row_functions import Processes
 from xhead.losses import get_loss, vectors
 from xhead.statistics import row_statistics
 
@@ -185,9 +186,13 @@ def test_every_positive_is_kept_and_none_is_pushed_down():
         assert abs(gradient[row].sum()) < 1e-12
 
 
+def alone(scores):
+    return Processes.alone(torch.zeros(scores.shape[0] + 1, dtype=torch.int64), scores.shape[1])
+
+
 def test_threshold_of_many_and_of_equal_classes():
     for scores, k in ((torch.randn(3, 200_000), 1), (torch.zeros(2, 1000), 5), (torch.randn(2, 1000) * 1e-3, 999)):
-        t = soft_topk.solve(scores.clone(), k, 2.0, torch.empty_like(scores))
+        t = soft_topk.solve(scores.clone(), k, 2.0, torch.empty_like(scores), alone(scores))
         passed = (2.0 * (scores.double() + t.double()[:, None])).sigmoid().sum(1)
         assert torch.allclose(passed, torch.full_like(passed, k), rtol=2e-5)
 
@@ -195,7 +200,7 @@ def test_threshold_of_many_and_of_equal_classes():
 def test_the_threshold_leaves_the_scores_as_they_were():
     scores = torch.randn(4, 50)
     before = scores.clone()
-    soft_topk.solve(scores, 5, 2.0, torch.empty_like(scores))
+    soft_topk.solve(scores, 5, 2.0, torch.empty_like(scores), alone(scores))
     assert torch.equal(scores, before)
 
 

@@ -108,7 +108,7 @@ def _check_filter(rank):
         assert 1e-4 < relative_error(own, exact) < 1.1 * relative_error(one, exact)
 
 
-WHOLE = ("apl", "mann_whitney", "soft_topk", "subcenter_arcface")
+WHOLE = ("apl", "subcenter_arcface")
 """Losses that no statistics give: the weight is gathered for them, and they say so."""
 
 OTHERS = [

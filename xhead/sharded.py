@@ -59,7 +59,7 @@ def merge(
     flat = [_as_numbers(_told(rows, batch, next(iter(own.values())).device), dtype)]
     flat += [_as_numbers(value, dtype).reshape(-1) for value in own.values()]
     told, *together = vocabulary.gather(torch.cat(flat)).split([each.shape[0] for each in flat], dim=1)
-    _check_batch(_as_integers(told), vocabulary)
+    _check_told(_as_integers(told), vocabulary)
     parts = {}
     for (name, value), part in zip(own.items(), together, strict=True):
         part = _as_integers(part) if name == "argmax" else part
@@ -71,7 +71,7 @@ def _own_statistics(problem: Problem, engine: str, vocabulary: Vocabulary) -> Re
     """Of the own classes: what is asked for, and what merging takes beside it."""
     beside = {"entropy": "lse", "expectation": "lse", "argmax": "max"}
     names = dict.fromkeys((*problem.names, *(beside[name] for name in problem.names if name in beside)))
-    own = _of_own_classes(problem, vocabulary).having(tuple(names))
+    own = of_own_classes(problem, vocabulary).having(tuple(names))
     found = _engine_statistics(own, engine)
     if "variance" in names:
         uniform = replace(own, names=("mean",), mean_weight=None)
@@ -102,7 +102,7 @@ def _weight_share(problem: Problem, vocabulary: Vocabulary) -> Tensor | float:
     return mean_weight[vocabulary.own].sum() / mean_weight.sum()
 
 
-def _of_own_classes(problem: Problem, vocabulary: Vocabulary) -> Problem:
+def of_own_classes(problem: Problem, vocabulary: Vocabulary) -> Problem:
     """The same problem, with the own classes alone in everything that is by class."""
     changes: dict[str, Tensor] = {}
     if problem.target is not None:
@@ -206,6 +206,11 @@ def _of_counted_rows(value: Tensor, name: str, problem: Problem) -> Tensor:
     return torch.where(mask, value, torch.zeros_like(value))
 
 
+def check_batch(vocabulary: Vocabulary, device: torch.device, rows: int, *batch: Tensor | None) -> None:
+    """Raise RuntimeError, in every process alike, where the processes' batches are not the same."""
+    _check_told(vocabulary.gather(_told(rows, batch, device)), vocabulary)
+
+
 def _told(rows: int, batch: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
     """A few integers that tell one batch from another: (1 + len(batch),)."""
     told = [torch.tensor(rows, device=device)]
@@ -217,7 +222,7 @@ def _told(rows: int, batch: tuple[Tensor | None, ...], device: torch.device) -> 
     return torch.stack(told)
 
 
-def _check_batch(told: Tensor, vocabulary: Vocabulary) -> None:
+def _check_told(told: Tensor, vocabulary: Vocabulary) -> None:
     """told: (R, 1 + what tells a batch)"""
     same = told == told[0]
     if told.device.type != "cpu":

@@ -4,12 +4,12 @@ A tile is formed once and met with one entry of every row after another, so that
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from xhead.engines.problem import Problem
-from xhead.engines.row_functions import column_logits, gradients, tiles_of, times_cap_slope
+from xhead.engines.row_functions import Processes, gradients, tiles_of, times_cap_slope
 from xhead.engines.summands import SUMMANDS
 from xhead.engines.tiles import Tiles
 
@@ -19,10 +19,8 @@ _SOFTPLUS = SUMMANDS["softplus"]
 class _Entries:
     """The entries of the sets: the first of every row, then the second of those that have one, and so on."""
 
-    def __init__(self, tiles: Tiles, column_logits: Tensor):
-        """column_logits: (E,)"""
-        offsets = tiles.problem.row_offsets
-        assert offsets is not None
+    def __init__(self, tiles: Tiles, column_logits: Tensor, offsets: Tensor):
+        """column_logits: (E,), offsets: (N + 1,)"""
         self.tiles, self.logits, self.offsets, self.count = tiles, column_logits, offsets, offsets.diff()
         self._rounds: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
@@ -48,9 +46,9 @@ class _Entries:
 class _Residuals:
     """Of a tile: `sum_p g_p sigmoid(o_k - o_p)`, 0 for the classes of the set."""
 
-    def __init__(self, tiles: Tiles, column_logits: Tensor, grad: Tensor):
+    def __init__(self, tiles: Tiles, column_logits: Tensor, offsets: Tensor, grad: Tensor):
         self.tiles, self.grad = tiles, grad
-        self.entries = _Entries(tiles, column_logits)
+        self.entries = _Entries(tiles, column_logits, offsets)
 
     def tile(self, logits: Tensor, first: int, last: int, start: int) -> Tensor:
         out = self.tiles.scratch(logits).zero_()
@@ -61,14 +59,16 @@ class _Residuals:
         return times_cap_slope(out, logits, self.tiles.problem.softcap)
 
 
+@dataclass(frozen=True)
 class PairSums:
     """(E,): the sums of each entry of the sets."""
 
-    def forward(self, problem: Problem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def forward(self, problem: Problem, processes: Processes) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The sums, and for the backward `o_p` and the sums' derivative for it with the sign changed."""
-        tiles, logits_of_sets = tiles_of(problem), column_logits(problem)
-        entries = _Entries(tiles, logits_of_sets)
-        sums, slopes = torch.zeros_like(logits_of_sets), torch.zeros_like(logits_of_sets)
+        tiles, logits_of_sets = tiles_of(problem), processes.column_logits(problem)
+        entries = _Entries(tiles, logits_of_sets, processes.offsets)
+        found = logits_of_sets.new_zeros(2, *logits_of_sets.shape)
+        sums, slopes = found
         for first, last in tiles.row_blocks():
             hidden = tiles.rows.hidden(first, last)
             for start, stop in tiles.class_blocks():
@@ -76,15 +76,18 @@ class PairSums:
                 for _, entry, difference in entries.differences(logits, first, last, start):
                     sums[entry] += _SOFTPLUS.value(difference).sum(1)
                     slopes[entry] += _SOFTPLUS.slope(difference).sum(1)
+        sums, slopes = processes.sum(found)
         return (sums,), (logits_of_sets, slopes)
 
     def backward(
         self,
         problem: Problem,
+        processes: Processes,
         saved: tuple[Tensor, ...],
         grads: tuple[Tensor, ...],
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         tiles = tiles_of(problem)
         (logits_of_sets, slopes), (grad,) = saved, grads
-        return gradients(tiles, _Residuals(tiles, logits_of_sets, grad), -grad * slopes, needs)
+        residuals = _Residuals(tiles, logits_of_sets, processes.offsets, grad)
+        return gradients(tiles, residuals, -(grad * slopes)[processes.held], needs)

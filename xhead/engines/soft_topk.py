@@ -12,32 +12,42 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xhead.engines.problem import Problem
-from xhead.engines.row_functions import column_logits, gradients, tiles_of, times_cap_slope, whole_rows
+from xhead.engines.row_functions import Processes, gradients, tiles_of, times_cap_slope, whole_rows
 from xhead.engines.tiles import Tiles
 
 _ITERATIONS = 64  # halvings alone would find all of float64's digits
 
 
-def solve(logits: Tensor, k: int, alpha: float, scratch: Tensor) -> Tensor:
-    """The threshold of each row. logits: (r, V), as before afterwards; scratch: (r, V) -> (r,)"""
-    largest, place = logits.topk(k + 1, dim=1)
-    top, rest = largest[:, :k], logits.scatter_(1, place[:, :k], -math.inf)
-    edge = largest[:, k]
-    low = -largest[:, k - 1] - math.log(logits.shape[1] - k) / alpha
+def solve(logits: Tensor, k: int, alpha: float, scratch: Tensor, processes: Processes) -> Tensor:
+    """The threshold of each row. logits: (r, V), as before afterwards; scratch: (r, V) -> (r,)
+
+    Of processes that share the classes, each has its own logits, and all find the same threshold.
+    """
+    own, place = logits.topk(min(k + 1, logits.shape[1]), dim=1)
+    every = processes.gather(F.pad(own, (0, k + 1 - own.shape[1]), value=-math.inf)).movedim(0, 1).flatten(1)
+    largest, chosen = every.topk(k + 1, dim=1)
+    top, edge = largest[:, :k], largest[:, k]
+    # Of equal logits, all processes take the same ones for the k largest.
+    in_top = torch.zeros_like(every, dtype=torch.bool).scatter_(1, chosen[:, :k], True)
+    in_top = in_top[:, processes.rank * (k + 1) :][:, : own.shape[1]]
+    rest = logits.scatter_(1, place, own.masked_fill(in_top, -math.inf))
+    low = -largest[:, k - 1] - math.log(processes.classes - k) / alpha
     high = -edge + math.log(k) / alpha
     torch.sub(rest, edge[:, None], out=scratch).mul_(alpha).exp_()
-    log_rest = scratch.sum(1).log_() + alpha * edge
+    log_rest = processes.sum(scratch.sum(1)).log_() + alpha * edge
     log_top = torch.logsumexp(-alpha * top, 1)
     # Exact where all sigmoids are exponentials: the k largest stand far apart.
     t = torch.clamp((log_top - log_rest) / (2 * alpha), low, high)
     for _ in range(_ITERATIONS):
         above = torch.sigmoid(-alpha * (top + t[:, None]))
         torch.add(rest, t[:, None], out=scratch).mul_(alpha).sigmoid_()
-        sums = scratch.sum(1), above.sum(1)
-        slope = alpha * (2 - _squares(scratch) / sums[0] - _squares(above) / sums[1])
+        below, squares = processes.sum(torch.stack([scratch.sum(1), _squares(scratch)]))
+        sums = below, above.sum(1)
+        slope = alpha * (2 - squares / sums[0] - _squares(above) / sums[1])
         difference = sums[0].log() - sums[1].log()
         low = torch.where(difference < 0, t, low)
         high = torch.where(difference < 0, high, t)
@@ -50,7 +60,7 @@ def solve(logits: Tensor, k: int, alpha: float, scratch: Tensor) -> Tensor:
         newton = t - step
         following = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
         t = torch.where(settled, t, following)
-    logits.scatter_(1, place[:, :k], top)
+    logits.scatter_(1, place, own)
     return t
 
 
@@ -59,13 +69,14 @@ def _squares(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dim=1).square()
 
 
-def _log_slope(logits: Tensor, t: Tensor, alpha: float, scratch: Tensor) -> Tensor:
+def _log_slope(logits: Tensor, t: Tensor, alpha: float, scratch: Tensor, processes: Processes) -> Tensor:
     """`log sum_j v_j`, relative to the largest v: what is far from the threshold has a v that no float can hold."""
     torch.add(logits, t[:, None], out=scratch).mul_(alpha).abs_().neg_()
-    largest = scratch.amax(1)
+    own = scratch.amax(1) if scratch.shape[1] else torch.full_like(t, -math.inf)
+    largest = processes.gather(own).amax(0)
     decay = scratch.exp()
     scratch.sub_(largest[:, None]).exp_().div_(decay.add_(1).square_())
-    return scratch.sum(1).log_() + largest
+    return processes.sum(scratch.sum(1)).log_() + largest
 
 
 class _Residuals:
@@ -98,22 +109,23 @@ class SoftTopk:
     alpha: float
     block_bytes: int
 
-    def forward(self, problem: Problem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def forward(self, problem: Problem, processes: Processes) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The results, and for the backward the thresholds and `log sum_j v_j`."""
         dtype = problem.accumulate_dtype
         threshold = torch.empty(problem.rows, len(self.ks), dtype=dtype, device=problem.hidden.device)
         log_slope = torch.empty_like(threshold)
-        for rows, logits in whole_rows(problem, self.block_bytes):
+        for rows, logits in whole_rows(problem, self.block_bytes, processes.most):
             scratch = torch.empty_like(logits)
             for place, k in enumerate(self.ks):
-                t = solve(logits, k, self.alpha, scratch)
+                t = solve(logits, k, self.alpha, scratch, processes)
                 threshold[rows, place] = t
-                log_slope[rows, place] = _log_slope(logits, t, self.alpha, scratch)
-        return (column_logits(problem), threshold), (threshold, log_slope)
+                log_slope[rows, place] = _log_slope(logits, t, self.alpha, scratch, processes)
+        return (processes.column_logits(problem), threshold), (threshold, log_slope)
 
     def backward(
         self,
         problem: Problem,
+        processes: Processes,
         saved: tuple[Tensor, ...],
         grads: tuple[Tensor, ...],
         needs: tuple[bool, bool, bool],
@@ -121,4 +133,4 @@ class SoftTopk:
         tiles = tiles_of(problem)
         (threshold, log_slope), (column_grad, threshold_grad) = saved, grads
         residuals = _Residuals(tiles, threshold, log_slope, threshold_grad, self.alpha)
-        return gradients(tiles, residuals, column_grad, needs)
+        return gradients(tiles, residuals, column_grad[processes.held], needs)
