@@ -1,6 +1,5 @@
 """Classifier and dual encoder of extreme classification, on a data set that is learnt within seconds."""
 
-import copy
 import json
 from types import SimpleNamespace
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
-from transformers import AutoModel, BertConfig, DistilBertConfig, ModernBertConfig
 
 from recipes.common.errors import RecipeError
 from recipes.extreme_classification.command import main
@@ -104,27 +102,6 @@ def test_training_stops_when_it_gets_no_better(splits, tmp_path):
     settings = small_options(epochs=50, patience=2, learning_rate=0.0)
     results = run_model(DUAL_ENCODER, splits, settings, tmp_path)
     assert len(results["history"]) == 3
-
-
-SMALL_BACKBONES = {
-    "bert": BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
-    "distilbert": DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16),
-    "modernbert": ModernBertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
-}
-
-
-@pytest.mark.parametrize(("name", "pooling"), [("bert", "mean"), ("distilbert", "cls"), ("modernbert", "mean")])
-def test_an_encoder_of_hugging_face(name, pooling, splits, tmp_path):
-    folder = tmp_path / "encoder"
-    reader = make_reader(small_options(), [*splits.train.texts, *WORDS])
-    reader.tokenizer.save_pretrained(folder)
-    config = copy.deepcopy(SMALL_BACKBONES[name])
-    config.vocab_size, config.pad_token_id = reader.size, reader.tokenizer.pad_token_id
-    AutoModel.from_config(config).save_pretrained(folder)
-    settings = small_options(encoder=str(folder), pooling=pooling, epochs=1, batch_size=64)
-    results = run_model(DUAL_ENCODER, splits, settings, tmp_path / "run")
-    assert results["options"]["encoder"] == str(folder)
-    assert len(Predictor(tmp_path / "run")(["the lamp here"], k=2)[0]) == 2
 
 
 def test_an_encoder_that_is_not_there(splits, tmp_path):

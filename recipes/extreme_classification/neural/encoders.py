@@ -8,6 +8,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from recipes.common.errors import RecipeError
 from recipes.extreme_classification.neural.options import TF_IDF, NeuralOptions
+from recipes.extreme_classification.neural.sentence_folder import transformer_of
 
 _PADDING = 0  # of the tokenizers that are trained from nothing
 
@@ -91,7 +92,7 @@ def make_encoder(options: NeuralOptions, vocabulary: int) -> Encoder:
         )
         return TextEncoder(BertModel(config, add_pooling_layer=False), options.pooling, options.hidden_size)
     try:
-        backbone = AutoModel.from_pretrained(options.encoder)
+        backbone = AutoModel.from_pretrained(transformer_of(options.encoder))
     except (OSError, ValueError) as error:
         raise RecipeError(f"--encoder {options.encoder!r} cannot be loaded: {error}") from error
     for module in backbone.modules():

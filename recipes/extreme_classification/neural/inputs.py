@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from recipes.common.errors import RecipeError
 from recipes.extreme_classification.features import TfIdf, largest
 from recipes.extreme_classification.neural.options import FROM_NOTHING, TF_IDF, NeuralOptions
+from recipes.extreme_classification.neural.sentence_folder import transformer_of
 from recipes.extreme_classification.readers.tokens import TokenIds, padded, tokenize
 
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -112,7 +113,7 @@ def make_reader(options: NeuralOptions, texts: Sequence[str]) -> Reader:
         return FeatureReader(TfIdf.fit(texts, limit=options.vocab_size), options.max_length)
     if options.encoder not in FROM_NOTHING:
         try:
-            return TokenReader(AutoTokenizer.from_pretrained(options.encoder), options.max_length)
+            return TokenReader(AutoTokenizer.from_pretrained(transformer_of(options.encoder)), options.max_length)
         except (OSError, ValueError) as error:
             raise RecipeError(
                 f"--encoder is {options.encoder!r}; it must be one of {', '.join(FROM_NOTHING)}, or a model of "

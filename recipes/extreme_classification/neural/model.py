@@ -22,7 +22,7 @@ ENCODED_AT_ONCE = 1024
 
 def normalises(kind: str, options: NeuralOptions) -> bool:
     """Whether documents and labels become unit vectors."""
-    return kind == DUAL_ENCODER and options.normalise
+    return kind == DUAL_ENCODER and bool(options.normalise)
 
 
 class XmcModel(nn.Module):

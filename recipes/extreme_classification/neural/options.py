@@ -7,6 +7,7 @@ from typing import Any
 
 from recipes.common.command_line import json_object
 from recipes.common.errors import RecipeError
+from recipes.extreme_classification.neural.sentence_folder import POOLINGS, sentence_folder
 from xhead.losses import get_loss
 
 FROM_NOTHING = ("bag", "tiny", "tfidf")
@@ -93,9 +94,12 @@ class NeuralOptions:
     loss_options: str = field(default="{}", metadata={"help": """JSON for the loss, as in '{"k": 5}'."""})
     encoder: str = field(
         default="bag",
-        metadata={"help": f"{', '.join(FROM_NOTHING)} (trained from nothing), or a Hugging Face encoder."},
+        metadata={"help": f"{', '.join(FROM_NOTHING)} (trained from nothing), or a name or folder of Hugging Face."},
     )
-    pooling: str = field(default="mean", metadata={"help": "mean or cls, of a transformer's states."})
+    pooling: str = field(
+        default="",
+        metadata={"help": "mean or cls, of a transformer. Default: as a sentence-transformers folder says, else mean."},
+    )
     hidden_size: int = field(default=128, metadata={"help": "Size of a vector, of encoders from nothing."})
     layers: int = field(default=2, metadata={"help": "Transformer layers of --encoder tiny."})
     vocab_size: int = field(
@@ -104,7 +108,10 @@ class NeuralOptions:
     max_length: int = field(
         default=32, metadata={"help": "Tokens of a text, the rest is cut off; of tfidf, its largest features."}
     )
-    normalise: bool = field(default=True, metadata={"help": "Unit vectors, of a dual encoder."})
+    normalise: bool | None = field(
+        default=None,
+        metadata={"help": "Unit vectors, of a dual encoder. Default: as such a folder says, else True."},
+    )
     temperature: float | None = field(
         default=None, metadata={"help": "Scores are divided by it. Default: 0.05 for unit vectors, else 1."}
     )
@@ -156,8 +163,12 @@ class NeuralOptions:
     seed: int = field(default=0, metadata={"help": "Of everything that is drawn."})
 
     def __post_init__(self) -> None:
+        if not self.pooling or self.normalise is None:
+            said = sentence_folder(self.encoder)
+            self.pooling = self.pooling or (POOLINGS[0] if said is None else said.pooling)
+            self.normalise = (said is None or said.normalise) if self.normalise is None else self.normalise
         for name, allowed in (
-            ("pooling", ("mean", "cls")),
+            ("pooling", POOLINGS),
             ("negatives", NEGATIVES),
             ("classifier_dtype", ("float32", "bfloat16")),
             ("preset", (None, *PRESETS)),
