@@ -72,6 +72,33 @@ def test_gradient_caching_is_the_plain_gradient(normalise, own, shared):
         assert relative_error(mine, exact) < 1e-10
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_documents_of_a_label_count_as_its_text_does(normalise):
+    torch.manual_seed(0)
+    encoder = Encoder(dropout=0.0).double()
+    head = LabelEncoderHead(encoder, texts(LABELS, 0), chunk=10, normalise=normalise, own_vectors=SIZE).double()
+    head.own.data.normal_()
+    documents = encoder(**texts(ROWS, 1))
+    members = torch.rand(LABELS, ROWS).double() < 0.1  # most labels have none or one, some have several
+    head.set_documents(members.double() @ documents, members.sum(1).double())
+    vectors = plainly(encoder, texts(LABELS, 0), 10)
+    means = [torch.stack([one, *documents.detach()[own]]).mean(0) for one, own in zip(vectors, members, strict=True)]
+    expected = torch.stack(means) + head.own
+    expected = expected / expected.norm(dim=-1, keepdim=True) if normalise else expected
+    assert members.any() and not members.any(1).all()
+    upstream = torch.randn_like(expected)
+    parameters = [*encoder.parameters(), head.own]
+    found, exact = ([one, *torch.autograd.grad(one, parameters, upstream)] for one in (head.vectors(), expected))
+    for mine, theirs in zip(found, exact, strict=True):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+def test_documents_for_other_labels_are_refused():
+    head = LabelEncoderHead(Encoder(), texts(LABELS, 0))
+    with pytest.raises(ValueError, match=f"for each of the {LABELS} labels held here"):
+        head.set_documents(torch.zeros(3, SIZE), torch.zeros(3))
+
+
 def test_some_labels_are_rows_of_all():
     head = LabelEncoderHead(Encoder(dropout=0.0), texts(LABELS, 0), chunk=7)
     index = torch.tensor([3, 50, 3])

@@ -12,12 +12,13 @@ from recipes.common.errors import RecipeError
 from recipes.extreme_classification.command import main
 from recipes.extreme_classification.dataset import Dataset, Splits
 from recipes.extreme_classification.neural import command, predict, training
+from recipes.extreme_classification.neural.documents import Documents
 from recipes.extreme_classification.neural.encoders import make_encoder
 from recipes.extreme_classification.neural.inputs import TokenInputs, make_reader
 from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.predict import Predictor
 from recipes.extreme_classification.neural.run import run_model
-from recipes.extreme_classification.neural.training import Documents, Training
+from recipes.extreme_classification.neural.training import Training
 from tests.extreme_words import WORDS, small_options, word_splits
 from xhead.retrieval import metrics
 
@@ -33,6 +34,7 @@ def splits():
         (DUAL_ENCODER, {}),
         (DUAL_ENCODER, {"encoder": "tiny", "layers": 1, "learning_rate": 5e-3}),
         (DUAL_ENCODER, {"encoder": "tfidf", "own_vectors": True, "dropout": 0.2, "learning_rate": 5e-2}),
+        (DUAL_ENCODER, {"prototypes": True, "own_vectors": True, "own_rate": 0.5, "prototype_parts": 2}),
         (DUAL_ENCODER, {"loss": "infonce", "own_vectors": True, "clustered": True, "refresh_epochs": 2}),
         (DUAL_ENCODER, {"negatives": "hard", "refresh_epochs": 2, "negative_count": 200}),
         (DUAL_ENCODER, {"negatives": "random", "negative_count": 3, "loss": "mann_whitney"}),
@@ -131,6 +133,37 @@ def test_quality_is_ndcg(splits, tmp_path, monkeypatch):
     expected = metrics.evaluate(ranking, splits.train.labels, ks=[5], constants=(0.55, 1.5), recall_ks=[])["nDCG@5"]
     found = Training.quality(SimpleNamespace(model=None), documents)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_document_is_compared_with_a_label_that_holds_it(splits, tmp_path, monkeypatch):
+    """And every other training document is in its labels' vectors; all of them are when the model is measured."""
+    seen, compared, made = [], [], training.set_prototypes
+    share, quality = Training._share_of_loss, Training.quality
+
+    def note(model, documents):
+        made(model, documents)
+        seen[:] = [set(documents.rows.tolist())]
+        vectors = model.document_vectors(documents.inputs, documents.rows)
+        members = torch.from_numpy(documents.labels[documents.rows].toarray().T).float()
+        torch.testing.assert_close(model.head.document_sums, members @ vectors)
+        assert torch.equal(model.head.document_counts, members.sum(1))
+
+    def compare(self, index):
+        part = set(self.train.rows[index.numpy()].tolist())
+        assert not part & seen[0] and len(seen[0]) >= 0.6 * len(self.train)
+        compared.append(part)
+        return share(self, index)
+
+    def measure(self, documents):
+        assert seen[0] == set(self.train.rows.tolist()) and not seen[0] & set(documents.rows.tolist())
+        return quality(self, documents)
+
+    monkeypatch.setattr(training, "set_prototypes", note)
+    monkeypatch.setattr(Training, "_share_of_loss", compare)
+    monkeypatch.setattr(Training, "quality", measure)
+    settings = small_options(prototypes=True, prototype_parts=3, epochs=1, batch_size=16)
+    run_model(DUAL_ENCODER, splits, settings, tmp_path)
+    assert len(set.union(*compared)) == sum(map(len, compared))
 
 
 def test_batches_have_all_of_the_labels(splits):

@@ -24,11 +24,12 @@ RUNS = {
     "all": (DUAL_ENCODER, {"own_vectors": True}),
     "whole": (DUAL_ENCODER, {"own_vectors": True, "shard_labels": False}),
     "random": (DUAL_ENCODER, {"own_vectors": True, "negatives": "random", "negative_count": 3, "clustered": True}),
+    "prototypes": (DUAL_ENCODER, {"prototypes": True, "own_vectors": True, "own_rate": 0.5}),
     "hard": (DUAL_ENCODER, {"negatives": "hard", "negative_count": 200, "refresh_epochs": 1}),
     "classifier": (CLASSIFIER, {"classifier_learning_rate": 1.0, "classifier_adaptive": True}),
     "whole classifier": (CLASSIFIER, {"classifier_learning_rate": 1.0, "shard_labels": False}),
 }
-RESUMED = {"all": RUNS["all"], "classifier": RUNS["classifier"]}
+RESUMED = {"prototypes": RUNS["prototypes"], "classifier": RUNS["classifier"]}
 
 
 class Interrupted(Exception):

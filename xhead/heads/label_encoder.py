@@ -1,6 +1,7 @@
 """Label vectors from texts: the weight of the logits is what an encoder makes of each label.
 
-Source: dual encoders over all labels, DEXML (arXiv 2310.10636); gradient caching, arXiv 2101.06983.
+Source: dual encoders over all labels, DEXML (arXiv 2310.10636); gradient caching, arXiv 2101.06983; classes by the mean
+of their examples, arXiv 1703.05175.
 """
 
 from collections.abc import Mapping
@@ -66,7 +67,30 @@ class LabelEncoderHead(nn.Module):
         self.names = tuple(inputs)
         for name, tensor in inputs.items():
             self.register_buffer(f"label_{name}", tensor, persistent=False)
+        self.register_buffer("document_sums", None, persistent=False)
+        self.register_buffer("document_counts", None, persistent=False)
         self.own = None if own_vectors is None else nn.Parameter(torch.zeros(held, own_vectors))
+
+    def set_documents(self, sums: Tensor, counts: Tensor) -> None:
+        """Let the vectors of a label's documents x count for it, beside its text:
+
+            v_k = (encoder(text of label k) + sum of its x) / (1 + how many) + own vector
+
+        No gradient goes to them. Where a document is compared with its own label, the label's sum should be without it:
+        what a label is found by in training would otherwise be the document itself.
+
+        Args:
+            sums: (L, D), zeros where a label has none; of the labels held here.
+            counts: (L,)
+
+        Raises ValueError for other numbers of labels.
+        """
+        if sums.shape[0] != self.held or counts.shape != (self.held,):
+            raise ValueError(
+                f"sums and counts must have a row for each of the {self.held} labels held here, got "
+                f"{tuple(sums.shape)} and {tuple(counts.shape)}"
+            )
+        self.document_sums, self.document_counts = sums.detach(), counts.detach()
 
     def vectors(self, index: Tensor | None = None) -> Tensor:
         """The vectors of some of the labels held here, or of all: (B, D), differentiable. index: (B,), of those held
@@ -86,6 +110,9 @@ class LabelEncoderHead(nn.Module):
     def _encode(self, index: Tensor) -> Tensor:
         """(b,) -> (b, D)"""
         vectors = self.encoder(**{name: getattr(self, f"label_{name}")[index] for name in self.names})
+        if self.document_sums is not None:
+            sums, counts = self.document_sums[index], self.document_counts[index, None]
+            vectors = (vectors + sums.to(vectors.dtype)) / (1 + counts).to(vectors.dtype)
         if self.own is not None:
             vectors = vectors + self.own[index]
         return unit(vectors).to(vectors.dtype) if self.normalise else vectors

@@ -47,20 +47,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "encoder": "tfidf",
         "vocab_size": 120_000,
         "max_length": 128,
-        "hidden_size": 128,
+        "hidden_size": 2048,
         "own_vectors": True,
-        "classifier_adaptive": True,
-        "classifier_learning_rate": 0.2,
+        "prototypes": True,
         "label_chunk": 65536,
         "batch_size": 1024,
         "negatives": "random",
         "negative_count": 8192,
-        "learning_rate": 0.15,
-        "adam_epsilon": 3e-5,
-        "temperature": 0.04,
+        "learning_rate": 1.2e-3,
+        "adam_epsilon": 1e-6,
+        "temperature": 0.05,
         "weight_decay": 0.0,
         "dropout": 0.3,
-        "epochs": 3,
+        "epochs": 2,
         "warmup": 0.05,
         "held_out": 0.01,
     },
@@ -76,6 +75,7 @@ _COUNTS = (
     "max_length",
     "negative_count",
     "refresh_epochs",
+    "prototype_parts",
     "label_chunk",
     "batch_size",
     "epochs",
@@ -117,6 +117,15 @@ class NeuralOptions:
     )
     own_vectors: bool = field(
         default=False, metadata={"help": "A dual encoder's labels get a vector of their own too."}
+    )
+    own_rate: float = field(default=1.0, metadata={"help": "Learning rate of own vectors, as a part of the others'."})
+    prototypes: bool = field(
+        default=False,
+        metadata={"help": "A dual encoder's label vector is the mean of its text's and its training documents'."},
+    )
+    prototype_parts: int = field(
+        default=4,
+        metadata={"help": "Of an epoch: the documents of a part are compared with labels that are made without them."},
     )
     negatives: str = field(
         default="all", metadata={"help": "all labels, or a batch's own with random ones or hard ones (dual encoder)."}
@@ -179,7 +188,7 @@ class NeuralOptions:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise RecipeError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "classifier_learning_rate", "weight_decay", "adam_epsilon"):
+        for name in ("learning_rate", "classifier_learning_rate", "own_rate", "weight_decay", "adam_epsilon"):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"--{name} must be 0 or more, got {getattr(self, name)}")
         if not (0 <= self.dropout < 1 and 0 <= self.warmup <= 1):

@@ -17,13 +17,14 @@ from safetensors.torch import save_file, save_model
 from recipes.common.errors import RecipeError
 from recipes.extreme_classification.dataset import Dataset, Splits
 from recipes.extreme_classification.evaluation import Clock, measure, ranks_needed, write_evaluation
+from recipes.extreme_classification.neural.documents import Documents
 from recipes.extreme_classification.neural.encoders import make_encoder
 from recipes.extreme_classification.neural.inputs import load_reader, make_reader
 from recipes.extreme_classification.neural.model import CLASSIFIER, DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.options import NeuralOptions
 from recipes.extreme_classification.neural.processes import processes, shared_labels, sum_over_processes
 from recipes.extreme_classification.neural.state import folder_of_all, last_checkpoint, remove_checkpoints
-from recipes.extreme_classification.neural.training import Documents, Training, predict
+from recipes.extreme_classification.neural.training import Training, predict
 from xhead.heads.label_shards import load_label_rows, save_label_rows
 from xhead.retrieval import MaximumInnerProduct
 

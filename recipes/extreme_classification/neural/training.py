@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from recipes.common.errors import RecipeError
+from recipes.extreme_classification.neural.documents import Documents, set_prototypes
 from recipes.extreme_classification.neural.inputs import Inputs
 from recipes.extreme_classification.neural.model import DUAL_ENCODER, XmcModel
 from recipes.extreme_classification.neural.options import NeuralOptions
@@ -36,37 +36,6 @@ from xhead.heads import InPlaceClassifier
 from xhead.heads.label_batches import candidates, clustered_batches, hard_negatives, random_negatives
 from xhead.losses import get_loss
 from xhead.retrieval import topk
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Some rows of encoder inputs, and of label sets."""
-
-    inputs: Inputs
-    labels: csr_matrix  # (all rows, L)
-    rows: np.ndarray  # (n,)
-
-    def part(self, index: Tensor) -> Documents:
-        """Some of them. index: (b,)"""
-        return Documents(self.inputs, self.labels, self.rows[index.numpy()])
-
-    def batch(self) -> dict[str, Tensor]:
-        return self.inputs.batch(self.rows)
-
-    def padded_labels(self) -> Tensor:
-        """(n, K), -1 for none"""
-        labels = self.labels[self.rows]
-        counts = np.diff(labels.indptr)
-        padded = np.full((len(self), max(int(counts.max(initial=0)), 1)), -1, dtype=np.int64)
-        padded[np.arange(padded.shape[1]) < counts[:, None]] = labels.indices
-        return torch.from_numpy(padded)
-
-    @property
-    def label_count(self) -> int:
-        return self.labels.shape[1]  # pyright: ignore
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class Training:
@@ -95,13 +64,14 @@ class Training:
         self.held_out, self.train = documents.part(order[:kept_out]), documents.part(order[kept_out:])
         self.loss = get_loss(options.loss, **options.parsed_loss_options)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self._parameter_groups(),
             lr=options.learning_rate,
             eps=options.adam_epsilon,
             weight_decay=options.weight_decay,
             fused=True,
         )
         self.steps = -(-len(self.train) // options.batch_size)
+        self.steps_of_part = -(-self.steps // options.prototype_parts)
         total = self.steps * options.epochs
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, int(options.warmup * total), total)
         self.epoch, self.best, self.waited = 0, -1.0, 0
@@ -116,6 +86,7 @@ class Training:
         seed_apart(self.options.seed + self.epoch, self.state)
         while self.epoch < self.options.epochs and self.waited < self.options.patience:
             loss = self._train_epoch()
+            self._set_prototypes()
             quality = of_main_process(self.quality(self.held_out))
             self.epoch += 1
             self.history.append({"epoch": self.epoch, "loss": loss, "held_out_nDCG@5": quality})
@@ -126,21 +97,24 @@ class Training:
                 self.best, self.waited = quality, 0
             self._save()
         load(self._best_checkpoint(), self.model)
+        self._set_prototypes()
 
     def _train_epoch(self) -> float:
         if self.epoch % self.options.refresh_epochs == 0:
             self._refresh()
         self.model.train()
         total = torch.zeros((), dtype=torch.float64)
+        batches = list(self._batches())
         progress = tqdm(
-            self._batches(),
-            total=self.steps,
+            batches,
             desc=f"epoch {self.epoch + 1}",
             leave=False,
             disable=None if self.state.is_main_process else True,
         )
         head, rate = self.model.head, self.options.classifier_learning_rate
-        for index in progress:
+        for step, index in enumerate(progress):
+            if step % self.steps_of_part == 0:
+                self._set_prototypes(torch.cat(batches[step : step + self.steps_of_part]))
             if isinstance(head, InPlaceClassifier):
                 # Its own rate follows the same schedule.
                 head.lr = rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch)
@@ -156,6 +130,21 @@ class Training:
         if self.model.vocabulary is None:
             sum_over_processes(total)
         return total.item() / len(self.train)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        own = [self.model.head.own] if getattr(self.model.head, "own", None) is not None else []
+        others = [parameter for parameter in self.model.parameters() if not any(parameter is one for one in own)]
+        rate = self.options.learning_rate * self.options.own_rate
+        return [{"params": others}, *({"params": [parameter], "lr": rate} for parameter in own)]
+
+    def _set_prototypes(self, left_out: Tensor | None = None) -> None:
+        """The labels' documents, without those that are compared with them next. left_out: (m,)"""
+        if not self.options.prototypes or self.model.kind != DUAL_ENCODER:
+            return
+        kept = torch.ones(len(self.train), dtype=torch.bool)
+        if left_out is not None:
+            kept[left_out] = False
+        set_prototypes(self.model, self.train.part(kept.nonzero()[:, 0]))
 
     def _batches(self) -> Iterator[Tensor]:
         if self.options.clustered:
