@@ -79,9 +79,11 @@ def test_documents_of_a_label_count_as_its_text_does(normalise):
     head = LabelEncoderHead(encoder, texts(LABELS, 0), chunk=10, normalise=normalise, own_vectors=SIZE).double()
     head.own.data.normal_()
     documents = encoder(**texts(ROWS, 1))
+    documents = documents / documents.norm(dim=-1, keepdim=True) if normalise else documents
     members = torch.rand(LABELS, ROWS).double() < 0.1  # most labels have none or one, some have several
     head.set_documents(members.double() @ documents, members.sum(1).double())
     vectors = plainly(encoder, texts(LABELS, 0), 10)
+    vectors = vectors / vectors.norm(dim=-1, keepdim=True) if normalise else vectors
     means = [torch.stack([one, *documents.detach()[own]]).mean(0) for one, own in zip(vectors, members, strict=True)]
     expected = torch.stack(means) + head.own
     expected = expected / expected.norm(dim=-1, keepdim=True) if normalise else expected

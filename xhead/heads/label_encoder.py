@@ -76,6 +76,7 @@ class LabelEncoderHead(nn.Module):
 
             v_k = (encoder(text of label k) + sum of its x) / (1 + how many) + own vector
 
+        Where vectors are made unit vectors, what the encoder makes of the text is so before the sum too, as x should be.
         No gradient goes to them. Where a document is compared with its own label, the label's sum should be without it:
         what a label is found by in training would otherwise be the document itself.
 
@@ -112,6 +113,7 @@ class LabelEncoderHead(nn.Module):
         vectors = self.encoder(**{name: getattr(self, f"label_{name}")[index] for name in self.names})
         if self.document_sums is not None:
             sums, counts = self.document_sums[index], self.document_counts[index, None]
+            vectors = unit(vectors).to(vectors.dtype) if self.normalise else vectors
             vectors = (vectors + sums.to(vectors.dtype)) / (1 + counts).to(vectors.dtype)
         if self.own is not None:
             vectors = vectors + self.own[index]

@@ -52,13 +52,15 @@ class BagEncoder(nn.Module):
 class FeatureEncoder(nn.Module):
     """The weighted sum of the features' vectors. Dropout leaves out whole features.
 
-    Random vectors keep the features' inner products on average, so that it starts from the cosine of tf-idf.
+    Random vectors of length about 1 keep the features' inner products on average, so that it starts from the cosine of
+    tf-idf.
     """
 
     def __init__(self, features: int, size: int, dropout: float):
         super().__init__()
         self.size, self.dropout = size, dropout
         self.bag = nn.EmbeddingBag(features, size, mode="sum")
+        nn.init.normal_(self.bag.weight, std=size**-0.5)
 
     def forward(self, feature_ids: Tensor, weights: Tensor) -> Tensor:
         """(b, T) ids and weights, 0 for none -> (b, D)"""
