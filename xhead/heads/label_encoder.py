@@ -76,7 +76,7 @@ class LabelEncoderHead(nn.Module):
 
             v_k = (encoder(text of label k) + sum of its x) / (1 + how many) + own vector
 
-        Where vectors are made unit vectors, what the encoder makes of the text is so before the sum too, as x should be.
+        Where vectors are made unit vectors, what the encoder makes of the text is so before the sum too, as x are.
         No gradient goes to them. Where a document is compared with its own label, the label's sum should be without it:
         what a label is found by in training would otherwise be the document itself.
 
