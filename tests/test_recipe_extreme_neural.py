@@ -80,6 +80,17 @@ def test_resuming_is_going_on(splits, tmp_path, capsys):
     assert parts["history"] == whole["history"] and parts["metrics"] == whole["metrics"]
 
 
+@pytest.mark.parametrize("encoder", ["bag", "tfidf", "tiny"])
+def test_texts_without_a_word(encoder, tmp_path):
+    whole = word_splits()
+    texts, label_texts = ["", *whole.train.texts[1:]], ["\u2603", *whole.train.label_texts[1:]]
+    train = dataclasses.replace(whole.train, texts=texts, label_texts=label_texts)
+    test = dataclasses.replace(whole.test, texts=["", *whole.test.texts[1:]], label_texts=label_texts)
+    settings = small_options(encoder=encoder, layers=1, epochs=1)
+    results = run_model(DUAL_ENCODER, Splits(train, test, None, (0.55, 1.5), "words"), settings, tmp_path)
+    assert np.isfinite(results["history"][0]["loss"]) and len(Predictor(tmp_path)([""], k=2)[0]) == 2
+
+
 def test_a_batch_without_labels_takes_its_step(tmp_path):
     whole = word_splits()
     labels = whole.train.labels.copy()
