@@ -9,7 +9,7 @@ from benchmarks.measure import peak_allocated
 from tests.dense import relative_error
 from xhead.heads import InPlaceClassifier, LabelEncoderHead
 from xhead.heads.in_place import stochastically_rounded
-from xhead.heads.label_batches import candidates, clustered_batches, hard_negatives, random_negatives
+from xhead.heads.label_batches import candidates, clustered_batches, drawn_negatives, hard_negatives, random_negatives
 from xhead.losses import get_loss
 
 ROWS, LABELS, SIZE, LENGTH = 13, 57, 6, 5
@@ -268,6 +268,19 @@ def test_hard_negatives_are_the_best_of_the_wrong():
         assert found[row].tolist() == wrong[:5]
     few = hard_negatives(queries, vectors[:3], torch.tensor([[0, 1, 2]] * 9), 5)
     assert few.shape == (9, 5) and (few == -1).all()
+
+
+def test_negatives_drawn_from_a_shortlist():
+    shortlist = torch.tensor([[3, 1, 4, 5], [9, 2, -1, -1], [-1, -1, -1, -1]])
+    seen = [set(), set(), set()]
+    for seed in range(30):
+        drawn = drawn_negatives(shortlist, 3, torch.Generator().manual_seed(seed))
+        for row, (found, allowed) in enumerate(zip(drawn.tolist(), shortlist.tolist(), strict=True)):
+            some = [label for label in found if label >= 0]
+            assert len(found) == 3 and len(set(some)) == len(some) == min(3, sum(label >= 0 for label in allowed))
+            seen[row] |= set(some)
+    assert seen == [{1, 3, 4, 5}, {2, 9}, set()]
+    assert drawn_negatives(shortlist, 6).shape == (3, 6)
 
 
 def test_batches_of_near_queries():

@@ -1,5 +1,6 @@
 """Classifier and dual encoder of extreme classification, on a data set that is learnt within seconds."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -79,6 +80,27 @@ def test_resuming_is_going_on(splits, tmp_path, capsys):
     parts = run_model(DUAL_ENCODER, splits, settings, tmp_path / "parts")
     assert "resumed after epoch 2" in capsys.readouterr().out
     assert parts["history"] == whole["history"] and parts["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize("encoder", ["bag", "tfidf", "tiny"])
+def test_texts_without_a_word(encoder, tmp_path):
+    whole = word_splits()
+    texts, label_texts = ["", *whole.train.texts[1:]], ["\u2603", *whole.train.label_texts[1:]]
+    train = dataclasses.replace(whole.train, texts=texts, label_texts=label_texts)
+    test = dataclasses.replace(whole.test, texts=["", *whole.test.texts[1:]], label_texts=label_texts)
+    settings = small_options(encoder=encoder, layers=1, epochs=1)
+    results = run_model(DUAL_ENCODER, Splits(train, test, None, (0.55, 1.5), "words"), settings, tmp_path)
+    assert np.isfinite(results["history"][0]["loss"]) and len(Predictor(tmp_path)([""], k=2)[0]) == 2
+
+
+def test_a_batch_without_labels_takes_its_step(tmp_path):
+    whole = word_splits()
+    labels = whole.train.labels.copy()
+    labels.data[:] = 0
+    labels.eliminate_zeros()
+    bare = Splits(dataclasses.replace(whole.train, labels=labels), whole.test, None, (0.55, 1.5), "bare")
+    settings = small_options(epochs=1, negatives="hard", in_batch_epochs=1)
+    assert run_model(DUAL_ENCODER, bare, settings, tmp_path)["history"][0]["loss"] == 0
 
 
 def test_an_index_is_exported_and_searched(splits, tmp_path):
@@ -195,20 +217,7 @@ def test_the_command_runs_both(splits, tmp_path, monkeypatch):
         assert json.loads((tmp_path / kind / "results.json").read_text())["model"] == f"{kind}, decoupled_softmax"
 
 
-PUBLISHED = {  # of DEXML: batch size, learning rate, length, unit vectors
-    "eurlex-4k": (512, 5e-5, 128, True),
-    "lf-amazontitles-131k": (3000, 3e-4, 32, True),
-    "lf-amazontitles-1.3m": (3000, 3e-4, 32, False),
-    "lf-wikipedia-500k": (768, 7e-5, 128, False),
-}
-
-
 def test_presets_give_way_to_options():
-    for name in PUBLISHED:
-        settings = command.parse(DUAL_ENCODER, ["--preset", name])[1]
-        assert (settings.encoder, settings.pooling, settings.epochs) == ("distilbert-base-uncased", "cls", 100)
-        found = (settings.batch_size, settings.learning_rate, settings.max_length, settings.normalise)
-        assert found == PUBLISHED[name]
     data, settings = command.parse(DUAL_ENCODER, ["--preset", "lf-tibkat-41k"])
     assert (data.text, settings.encoder) == ("content", "tfidf")
     settings = command.parse(DUAL_ENCODER, ["--preset", "lf-wikipedia-500k", "--batch_size", "7"])[1]
@@ -223,6 +232,8 @@ def test_presets_give_way_to_options():
         (["--loss", "magic"], "--loss magic: unknown loss 'magic'"),
         (["--loss_options", '{"k": 0}', "--loss", "soft_topk"], "k must be a whole number"),
         (["--pooling", "max"], "--pooling is 'max'; it must be one of mean, cls"),
+        (["--shortlist", "-1", "--negatives", "hard"], "--shortlist is -1; it must be 0 or more"),
+        (["--in_batch_epochs", "2"], "--in_batch_epochs is 2; it must be 0 or more, and 0 without --negatives hard"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--held_out", "1"], "--held_out must be a share between 0 and 1"),
         (["--dropout", "1"], "--dropout is 1.0, --warmup 0.1; they are shares of 1"),

@@ -20,12 +20,13 @@ from xhead.vocabulary import even_shards
 
 # 216 documents to train on: the last batch has one, and the other processes have none of it.
 COMMON = {"encoder": "tfidf", "batch_size": 43, "epochs": 2}
+SOFT_TOPK = {"loss": "soft_topk", "loss_options": '{"k": 1}'}
 RUNS = {
     "all": (DUAL_ENCODER, {"own_vectors": True}),
     "whole": (DUAL_ENCODER, {"own_vectors": True, "shard_labels": False}),
     "random": (DUAL_ENCODER, {"own_vectors": True, "negatives": "random", "negative_count": 3, "clustered": True}),
     "prototypes": (DUAL_ENCODER, {"prototypes": True, "own_vectors": True, "own_rate": 0.5}),
-    "hard": (DUAL_ENCODER, {"negatives": "hard", "negative_count": 200, "refresh_epochs": 1}),
+    "hard": (DUAL_ENCODER, {"negatives": "hard", "negative_count": 200, "refresh_epochs": 1, **SOFT_TOPK}),
     "classifier": (CLASSIFIER, {"classifier_learning_rate": 1.0, "classifier_adaptive": True}),
     "whole classifier": (CLASSIFIER, {"classifier_learning_rate": 1.0, "shard_labels": False}),
 }

@@ -152,7 +152,7 @@ def test_a_broken_json_line_is_named(tmp_path: Path, record: str, message: str) 
         file.write(record + "\n")
     with pytest.raises(RecipeError, match=rf"tst\.json\.gz, line 3: (.|\n)*{message}"):
         load(tmp_path, cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*tst*txt"))
+    assert not list((tmp_path / "cache").glob("*tst*"))
 
 
 def test_a_cut_or_undecodable_file_is_named(tmp_path: Path) -> None:
@@ -191,6 +191,11 @@ def test_a_broken_sparse_file_is_named(tmp_path: Path, text: str, message: str) 
         ("2 4 3\n0 0:1\n5 0:1\n", "line 3: label 5 is out of range: the header says 0 to 2"),
         ("2 4 3\n0 0:1\n1,x 0:1\n", "line 3: '1,x' is not a list of labels"),
         ("2 4 3\n0 0:1\n1 4:1\n", "line 3: feature 4 is out of range"),
+        ("2 4 3\n0 0:1\n-1 0:1\n", "line 3: label -1 is out of range: the header says 0 to 2"),
+        ("3 4 3\n0 0:1\n1 0:1\n", "line 1: the header says 3 rows, and the file has 2: it may be cut short"),
+        ("1 4 3\n0 0:1\n1 0:1\n", "line 3: the header in line 1 says 1 rows, and here is one more"),
+        ("2 4\n0 0:1\n1 0:1\n", "line 1: '2 4' is no header of the form `documents features labels`"),
+        ("2 -4 3\n0 0:1\n1 0:1\n", "line 1: '2 -4 3' is no header"),
     ],
 )
 def test_a_broken_file_of_the_older_form_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -203,13 +208,53 @@ def test_a_broken_file_of_the_older_form_is_named(tmp_path: Path, text: str, mes
 def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     npz_folder(tmp_path)
     (tmp_path / "raw" / "tst_X.txt").write_text("one\n")
-    with pytest.raises(RecipeError, match="1 texts for a label matrix of 2 documents and 3 labels"):
+    with pytest.raises(RecipeError, match=f"{tmp_path}, test split: 1 texts for a label matrix of 2 documents"):
         load(tmp_path)
     (tmp_path / "raw" / "Y.txt").write_text("one\n")
-    with pytest.raises(RecipeError, match="a label matrix has 3 labels, and there are texts of 1"):
+    with pytest.raises(RecipeError, match=r"labels: 3 in .*Y.trn.npz, 3 in .*Y.tst.npz, 1 in the label texts"):
         load(tmp_path)
     (tmp_path / "Y.tst.npz").write_bytes(b"no zip")
     with pytest.raises(RecipeError, match=r"Y\.tst\.npz is no sparse matrix"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_headers_that_disagree_on_the_labels(tmp_path: Path, texts: bool) -> None:
+    pairs_folder(tmp_path)
+    if not texts:
+        (tmp_path / "Y.txt").unlink()
+    content = (tmp_path / "tst_X_Y.txt").read_text()
+    (tmp_path / "tst_X_Y.txt").write_text(content.replace("2 3\n", "2 5\n", 1))
+    with pytest.raises(RecipeError, match=r"number of labels: 3 in .*trn_X_Y.txt, 5 in .*tst_X_Y.txt"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "coo"])
+def test_indices_of_a_matrix_are_checked(tmp_path: Path, form: str) -> None:
+    npz_folder(tmp_path)
+    path = tmp_path / "Y.trn.npz"
+    save_npz(path, dense_labels(TRAIN).asformat(form))
+    arrays = dict(np.load(path))
+    name = "col" if form == "coo" else "indices"
+    arrays[name][-1] = 9
+    np.savez(path, **arrays)
+    with pytest.raises(RecipeError, match=r"Y\.trn\.npz is no sparse matrix of scipy\.sparse\.save_npz: "):
+        load(tmp_path)
+
+
+def test_a_label_without_text_gets_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (npz_folder(tmp_path) / "raw" / "Y.txt").write_text("fox\n  \nred\n")
+    assert load(tmp_path).train.label_texts == ["fox", "label 1", "red"]
+    assert "1 labels have no text" in caplog.text
+
+
+def test_labels_of_json_without_texts_are_counted_by_the_largest(tmp_path: Path) -> None:
+    (json_folder(tmp_path) / "lbl.json.gz").unlink()
+    write_json(tmp_path / "tst.json.gz", [{"title": "a", "target_ind": [6]}])
+    splits = load(tmp_path)
+    assert splits.train.shape == (3, 7) and splits.test.shape == (1, 7)
+    save_npz(tmp_path / "Y.trn.npz", dense_labels(TRAIN))
+    with pytest.raises(RecipeError, match="test split: label 6 of 3"):
         load(tmp_path)
 
 

@@ -125,11 +125,15 @@ def load(
         _read_split(folder, short, long, text, None if cache is None else Path(cache), labels, features)
         for short, long in (("trn", "train"), ("tst", "test"))
     ]
-    if labels is None:  # without label texts, a JSON file only knows the largest label that it has
-        labels = max(_shape(of_split)[1] for _, of_split, _ in parts)
-    train, test = (
-        Dataset(texts, _widened(of_split, labels), label_texts, of_features) for texts, of_split, of_features in parts
-    )
+    stated = {str(part.stated): _shape(part.labels)[1] for part in parts if part.stated is not None}
+    if labels is not None:
+        stated["the label texts"] = labels
+    if len(set(stated.values())) > 1:
+        said = ", ".join(f"{count} in {name}" for name, count in stated.items())
+        raise RecipeError(f"files must agree on the number of labels: {said}")
+    # Where nothing says it, the JSON files only know the largest label that they have.
+    labels = next(iter(stated.values()), None) or max(_shape(part.labels)[1] for part in parts)
+    train, test = (part.dataset(folder, labels, label_texts) for part in parts)
     empty = [int((np.diff(split.labels.indptr) == 0).sum()) for split in (train, test)]
     if any(empty):
         logger.warning("%s: %d training and %d test documents have no label", folder, *empty)
@@ -145,6 +149,27 @@ def load(
     )
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What the files of a split hold. stated: the file that says itself how many labels there are, if one does."""
+
+    name: str
+    texts: Sequence[str] | None
+    labels: csr_matrix
+    features: csr_matrix | None
+    stated: Path | None
+
+    def dataset(self, folder: Path, labels: int, label_texts: Sequence[str] | None) -> Dataset:
+        rows, columns = _shape(self.labels)
+        if columns > labels:
+            raise RecipeError(f"{folder}, {self.name} split: label {columns - 1} of {labels}")
+        whole = csr_matrix((self.labels.data, self.labels.indices, self.labels.indptr), shape=(rows, labels))
+        try:
+            return Dataset(self.texts, whole, label_texts, self.features)
+        except RecipeError as error:
+            raise RecipeError(f"{folder}, {self.name} split: {error}") from error
+
+
 def _read_split(
     folder: Path,
     short: str,
@@ -153,12 +178,13 @@ def _read_split(
     cache: Path | None,
     label_count: int | None,
     wants_features: bool | None,
-) -> tuple[Sequence[str] | None, csr_matrix, csr_matrix | None]:
+) -> _Part:
     """Texts, labels and features of the split whose files are named by `short` and `long`."""
+    stated: Path | None = None
     texts: Sequence[str] | None = None
     labels = features = None
     if found := _first(folder, f"Y.{short}.npz", f"{short}_X_Y.txt"):
-        labels = _read_matrix(found)
+        labels, stated = _read_matrix(found), found
     if documents := _first(folder, f"{short}.json.gz", f"{short}.json"):
         kept = None if cache is None else cache / f"{folder.resolve().name}.{short}.{text}.txt"
         texts, of_documents = read_documents(documents, text, label_count, kept)
@@ -170,12 +196,12 @@ def _read_split(
         features = _read_matrix(found) if wanted else None
     elif (found := _first(folder, f"{long}.txt")) and (wanted or labels is None):
         features, of_file = read_labelled(found)
-        labels = of_file if labels is None else labels
+        labels, stated = (of_file, found) if labels is None else (labels, stated)
     if labels is None:
         raise RecipeError(f"{folder} holds no labels of the {long} split.\n{__doc__}")
     if texts is None and features is None:
         raise RecipeError(f"{folder} holds neither texts nor features of the {long} split.\n{__doc__}")
-    return texts, as_labels(labels), features
+    return _Part(long, texts, as_labels(labels), features, stated)
 
 
 def _first(folder: Path, *names: str) -> Path | None:
@@ -199,13 +225,6 @@ def _label_texts(folder: Path) -> list[str] | None:
             logger.warning("%s: %d labels have no text, and are called `label N`", found, empty)
         return texts
     return None
-
-
-def _widened(labels: csr_matrix, columns: int) -> csr_matrix:
-    """The same entries over more labels, or an error where that would be fewer."""
-    if _shape(labels)[1] > columns:
-        raise RecipeError(f"a label matrix has {_shape(labels)[1]} labels, and there are texts of {columns}")
-    return csr_matrix((labels.data, labels.indices, labels.indptr), shape=(_shape(labels)[0], columns))
 
 
 def _shape(matrix: csr_matrix) -> tuple[int, int]:

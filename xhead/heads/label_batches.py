@@ -62,6 +62,17 @@ def hard_negatives(
     return torch.nn.functional.pad(found, (0, k - found.shape[1]), value=-1)
 
 
+def drawn_negatives(shortlist: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """(n, count) of each query's shortlist, each equally likely and none twice; -1 where there are fewer.
+
+    shortlist: (n, S), -1 for none, as `hard_negatives` gives it
+    """
+    keys = torch.rand(shortlist.shape, generator=generator).to(shortlist.device)
+    first = keys.masked_fill(shortlist < 0, -1.0).topk(min(count, shortlist.shape[1]), dim=1).indices
+    found = shortlist.gather(1, first)
+    return torch.nn.functional.pad(found, (0, count - found.shape[1]), value=-1)
+
+
 def clustered_batches(
     vectors: Tensor,  # (n, D)
     batch: int,

@@ -65,7 +65,7 @@ def apply(
                 vocabulary.classes,
                 max(stop - start for start, stop in vocabulary.ranges),
                 vocabulary.rank,
-                lambda found: vocabulary.gather(found.flatten()).view(-1, *found.shape),
+                lambda found: vocabulary.gather(found.flatten()).view(vocabulary.size, *found.shape),
             )
             problem = of_own_classes(problem, vocabulary)
         return _applied(hidden, weight, bias, problem, processes, function)  # type: ignore[call-arg]

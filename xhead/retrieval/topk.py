@@ -87,18 +87,25 @@ def _of_all_processes(
     vocabulary: Vocabulary,
 ) -> TopK:
     vocabulary.exchange(f"the {k} best classes of hidden of {hidden.dtype}", f", hidden {tuple(hidden.shape)}")
+    _check(hidden, weight, offset, block)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    scores = hidden.new_full((len(flat), k), -torch.inf)
+    classes = torch.full(scores.shape, vocabulary.classes, device=hidden.device)
     held = min(k, weight.shape[0])
-    shape = (*hidden.shape[:-1], k)
-    scores = hidden.new_full(shape, -torch.inf)
-    classes = torch.full(shape, vocabulary.classes, device=hidden.device)
     if held:
-        own = topk(hidden, weight, held, bias=bias, offset=offset, order=order, block=block)
-        scores[..., :held], classes[..., :held] = own.scores, own.classes + vocabulary.start
-    every = [vocabulary.gather(each.flatten()).view(-1, *shape) for each in (scores, classes)]
-    scores, classes = (each.movedim(0, -2).flatten(-2) for each in every)
-    keys = scores if order is None else order(scores)
-    chosen = keys.masked_fill(classes == vocabulary.classes, -torch.inf).topk(k, dim=-1).indices
-    return TopK(scores.gather(-1, chosen), classes.gather(-1, chosen))
+        shift = None if offset is None else offset.reshape(-1)
+        own = topk(flat, weight, held, bias=bias, offset=shift, order=order, block=block)
+        scores[:, :held], classes[:, :held] = own.scores, own.classes + vocabulary.start
+    step = max(1, SCORES_AT_ONCE // (vocabulary.size * k))
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
+        every = [vocabulary.gather(each[rows].flatten()) for each in (scores, classes)]
+        every_score, every_class = (each.view(vocabulary.size, -1, k).transpose(0, 1).flatten(1) for each in every)
+        keys = every_score if order is None else order(every_score)
+        best = keys.masked_fill(every_class == vocabulary.classes, -torch.inf).topk(k, dim=1).indices
+        scores[rows], classes[rows] = every_score.gather(1, best), every_class.gather(1, best)
+    shape = (*hidden.shape[:-1], k)
+    return TopK(scores.reshape(shape), classes.reshape(shape))
 
 
 TIES = {"best": 0.0, "mean": 0.5, "worst": 1.0}

@@ -17,12 +17,22 @@ _DEXML: dict[str, Any] = {
     "loss": "decoupled_softmax",
     "encoder": "distilbert-base-uncased",
     "pooling": "cls",
+    "normalise": True,
+    "temperature": 0.05,
+    "negatives": "all",
     "epochs": 100,
     "patience": 100,
     "warmup": 0.1,
     "dropout": 0.0,
 }
 _LARGE: dict[str, Any] = {**_DEXML, "normalise": False, "temperature": 1.0}
+_WIKIPEDIA: dict[str, Any] = {
+    **_LARGE,
+    "text": "content",
+    "batch_size": 768,
+    "max_length": 128,
+    "label_chunk": 512,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "eurlex-4k": {**_DEXML, "batch_size": 512, "learning_rate": 5e-5, "max_length": 128, "label_chunk": 4096},
@@ -34,13 +44,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_length": 32,
         "label_chunk": 3000,
     },
-    "lf-wikipedia-500k": {
-        **_LARGE,
-        "text": "content",
-        "batch_size": 768,
-        "learning_rate": 7e-5,
-        "max_length": 128,
-        "label_chunk": 512,
+    "lf-wikipedia-500k": {**_WIKIPEDIA, "learning_rate": 7e-5},
+    "lf-wikipedia-500k-hnm": {
+        **_WIKIPEDIA,
+        "learning_rate": 2e-5,
+        "negatives": "hard",
+        "negative_count": 500,
+        "shortlist": 100,
+        "in_batch_epochs": 5,
+        "refresh_epochs": 5,
     },
     "lf-tibkat-41k": {
         "text": "content",
@@ -65,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Settings of data sets: DEXML's published ones (arXiv 2310.10636, configurations of the public code) for its four
-sets, and for LF-TIBKAT-41K what trains within minutes on two cores."""
+sets, one of them with hard negatives too, and for LF-TIBKAT-41K what trains within minutes on two cores."""
 
 NEGATIVES = ("all", "random", "hard")
 _COUNTS = (
@@ -133,6 +145,13 @@ class NeuralOptions:
     negative_count: int = field(
         default=1000, metadata={"help": "Random negatives a batch; hard ones a query are a hundredth, at least 1."}
     )
+    shortlist: int = field(
+        default=0,
+        metadata={"help": "Hard negatives are drawn anew for each batch from so many; 0: they are the hardest."},
+    )
+    in_batch_epochs: int = field(
+        default=0, metadata={"help": "Epochs with the labels of the batch alone, before there are hard negatives."}
+    )
     clustered: bool = field(default=False, metadata={"help": "Batches of near queries."})
     refresh_epochs: int = field(default=5, metadata={"help": "Hard negatives and clusters are found anew so often."})
     label_chunk: int = field(default=2048, metadata={"help": "Labels encoded at a time."})
@@ -188,6 +207,10 @@ class NeuralOptions:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise RecipeError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("shortlist", "in_batch_epochs"):
+            value = getattr(self, name)
+            if value < 0 or (value and self.negatives != "hard"):
+                raise RecipeError(f"--{name} is {value}; it must be 0 or more, and 0 without --negatives hard")
         for name in ("learning_rate", "classifier_learning_rate", "own_rate", "weight_decay", "adam_epsilon"):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"--{name} must be 0 or more, got {getattr(self, name)}")

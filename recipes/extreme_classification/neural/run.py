@@ -127,6 +127,8 @@ def export(model: XmcModel, options: NeuralOptions, folder: Path, state: Partial
     vectors = (model.label_vectors() / model.temperature).cpu().contiguous()
     if model.vocabulary is not None:
         pieces = folder / "vectors"
+        if state.is_main_process:  # of a run that was killed
+            shutil.rmtree(pieces, ignore_errors=True)
         with folder_of_all(pieces, state) as aside:
             save_label_rows(aside, {"vectors": vectors}, *model.range, model.labels)
         if not state.is_main_process:

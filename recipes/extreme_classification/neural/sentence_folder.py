@@ -1,8 +1,8 @@
 """What a folder of sentence-transformers says: where the transformer is, how it is pooled, unit vectors or not.
 
-modules.json                        the modules in order, each with its `type` and `path`
-config.json or 0_Transformer/...    the transformer and its tokenizer
-1_Pooling/config.json               `pooling_mode`, or the older `pooling_mode_mean_tokens` and alike
+`modules.json` lists the modules in order, each with its `type` and `path`: the transformer and its tokenizer, in the
+folder itself or in one below it; the pooling, whose config.json has `pooling_mode`, or in older versions
+`pooling_mode_mean_tokens` and alike; and unit vectors, if they are wanted.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The state of a run after an epoch: a folder that is there whole or not at all, for any number of processes.
 
-epoch-3/training.pt      the model, its optimiser and how far it is, without what has a row a label
-epoch-3/labels-...       that, of the optimiser too, from each process the labels that it holds
+In `epoch-3`, the main process writes training.pt: the model, its optimiser and how far it is, without what has a row a
+label. That, of the optimiser too, is in labels-START-STOP-of-LABELS.safetensors, from each process the labels it holds.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from recipes.extreme_classification.neural.model import XmcModel
 from xhead.heads.label_shards import load_label_rows, save_label_rows
 
 _TRAINING = "training.pt"
+_WHOLE = re.compile(r"epoch-(\d+)")
 
 
 def checkpoint(folder: Path, epoch: int) -> Path:
@@ -30,15 +32,14 @@ def checkpoint(folder: Path, epoch: int) -> Path:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The one of the latest epoch."""
-    numbers = [path.name.removeprefix("epoch-") for path in folder.glob("epoch-*")]
-    latest = max((int(number) for number in numbers if number.isdecimal()), default=None)
-    return None if latest is None else checkpoint(folder, latest)
+    epochs = [int(match[1]) for path in folder.glob("epoch-*") if (match := _WHOLE.fullmatch(path.name))]
+    return checkpoint(folder, max(epochs)) if epochs else None
 
 
 def remove_checkpoints(folder: Path, keep: tuple[Path, ...] = ()) -> None:
     """All but some, and what a killed run has left of one."""
     for path in folder.glob("epoch-*"):
-        if path not in keep:
+        if path not in keep and _WHOLE.fullmatch(path.name.removesuffix(".unfinished")):
             shutil.rmtree(path)
 
 

@@ -33,7 +33,7 @@ from recipes.extreme_classification.neural.state import (
     save,
 )
 from xhead.heads import InPlaceClassifier
-from xhead.heads.label_batches import candidates, clustered_batches, hard_negatives, random_negatives
+from xhead.heads.label_batches import candidates, clustered_batches, drawn_negatives, hard_negatives, random_negatives
 from xhead.losses import get_loss
 from xhead.retrieval import topk
 
@@ -100,7 +100,7 @@ class Training:
         self._set_prototypes()
 
     def _train_epoch(self) -> float:
-        if self.epoch % self.options.refresh_epochs == 0:
+        if self.epoch % self.options.refresh_epochs == 0 or self.epoch == self.options.in_batch_epochs:
             self._refresh()
         self.model.train()
         total = torch.zeros((), dtype=torch.float64)
@@ -166,6 +166,8 @@ class Training:
             candidate_labels = None
         else:  # of the whole batch, so that every process has the same
             candidate_labels, labels = candidates(labels, negatives)
+            if not len(candidate_labels):  # documents without labels alone: some label is there to be encoded
+                candidate_labels = torch.zeros(1, dtype=torch.int64)
         documents = self.train.part(index[rows])
         logits = self.model.logits(documents.inputs, documents.rows, candidate_labels)
         return counted * self.loss(logits, labels[rows]).sum() / len(index)
@@ -175,20 +177,29 @@ class Training:
         if self.model.kind != DUAL_ENCODER or self.options.negatives == "all":
             return None
         if self.options.negatives == "hard":
-            assert self.hard is not None
+            if self.hard is None:  # those of the batch alone
+                return index[:0]
+            if self.options.shortlist:
+                return drawn_negatives(self.hard[index], self._hard_count, self.generator)
             return self.hard[index]
         return random_negatives(self.options.negative_count, self.train.label_count, self.generator)
+
+    @property
+    def _hard_count(self) -> int:
+        """Hard negatives of a document."""
+        return max(1, self.options.negative_count // 100)
 
     def _refresh(self) -> None:
         """The vectors that clusters and hard negatives are found by."""
         hard = self.options.negatives == "hard" and self.model.kind == DUAL_ENCODER
+        hard = hard and self.epoch >= self.options.in_batch_epochs
         if not hard and not self.options.clustered:
             return
         vectors = self.model.document_vectors(self.train.inputs, self.train.rows)
         if self.options.clustered:
             self.document_vectors = vectors.cpu()
         if hard:
-            count = max(1, self.options.negative_count // 100)
+            count = max(self.options.shortlist, self._hard_count)
             right = self.train.padded_labels().to(vectors.device)
             found = hard_negatives(vectors, self.model.label_vectors(), right, count, vocabulary=self.model.vocabulary)
             self.hard = found.cpu()

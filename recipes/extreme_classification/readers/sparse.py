@@ -73,10 +73,12 @@ def read_npz(path: Path) -> csr_matrix:
     """
     try:
         matrix = load_npz(path)
-    except (OSError, ValueError, KeyError, BadZipFile, EOFError) as error:
+        assert issparse(matrix)
+        if matrix.format in ("csr", "csc"):  # of the other forms, making rows of them checks the indices
+            matrix.check_format(full_check=True)  # pyright: ignore
+        found = csr_matrix(matrix, dtype=np.float32)
+    except (OSError, ValueError, KeyError, IndexError, BadZipFile, EOFError) as error:
         raise RecipeError(f"{path} is no sparse matrix of scipy.sparse.save_npz: {error}") from error
-    assert issparse(matrix)
-    found = csr_matrix(matrix, dtype=np.float32)
     found.sum_duplicates()
     if not np.isfinite(found.data).all():
         raise RecipeError(f"{path} holds numbers that are not finite")

@@ -66,7 +66,10 @@ def write_lines(texts: Iterable[str], path: Path) -> MappedLines:
     """Write texts one a line, line ends inside them as spaces, and map the file; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(" ".join(text.splitlines()) + "\n" for text in texts)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(" ".join(text.splitlines()) + "\n" for text in texts)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return MappedLines(path)
