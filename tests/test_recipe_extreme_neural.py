@@ -188,6 +188,12 @@ def test_no_document_is_compared_with_a_label_that_holds_it(splits, tmp_path, mo
     assert len(set.union(*compared)) == sum(map(len, compared))
 
 
+def test_an_epoch_of_one_part_has_label_texts_alone(splits, tmp_path):
+    """All documents are compared then, so that none is left to stand for a label."""
+    settings = small_options(prototypes=True, prototype_parts=1, epochs=1)
+    assert run_model(DUAL_ENCODER, splits, settings, tmp_path)["history"][0]["loss"] > 0
+
+
 def test_batches_have_all_of_the_labels(splits):
     labels = splits.train.labels
     rows = np.array([5, 0, 17])

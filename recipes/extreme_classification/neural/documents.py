@@ -52,7 +52,8 @@ def set_prototypes(model: XmcModel, documents: Documents) -> None:
     first, stop = model.range
     sums = torch.zeros(stop - first, model.encoder.size, device=model.device)
     counts = torch.zeros(stop - first, device=model.device)
-    for rows in np.array_split(documents.rows, -(-len(documents) // ENCODED_AT_ONCE)):
+    for start in range(0, len(documents), ENCODED_AT_ONCE):
+        rows = documents.rows[start : start + ENCODED_AT_ONCE]
         vectors = model.document_vectors(documents.inputs, rows).float()
         pairs = coo_matrix(documents.labels[rows][:, first:stop])
         document, label = (torch.from_numpy(place).long().to(model.device) for place in (pairs.row, pairs.col))
