@@ -51,6 +51,20 @@ def test_auto_takes_gram_where_it_can():
     assert engines.select("auto", problem.having(("mean", "lse"))) == "chunked"
 
 
+def test_a_gpu_without_its_kernels_is_told_of_once(monkeypatch, recwarn):
+    from xhead import engines
+    from xhead.engines.problem import Problem
+
+    problem = Problem(torch.randn(6, 5), torch.randn(9, 5), ("lse",))
+    engines._tell_of_triton.cache_clear()
+    monkeypatch.setattr(engines.triton, "eligible", lambda problem: True)
+    assert engines.select("auto", problem) == "chunked" and not recwarn.list  # not on a GPU
+    monkeypatch.setattr(engines, "on_gpu", lambda problem: True)
+    assert engines.select("chunked", problem) == "chunked" and not recwarn.list
+    assert [engines.select("auto", problem) for _ in range(2)] == ["chunked"] * 2
+    assert len(recwarn.list) == 1 and "benchmarks.gpu" in str(recwarn.list[0].message)
+
+
 @pytest.mark.parametrize(
     ("rows", "classes", "size"), [(1, 1, 1), (1, 2, 3), (3, 257, 5), (513, 255, 7), (600, 1025, 3), (2, 700, 600)]
 )

@@ -3,7 +3,11 @@
 An engine's eligibility is a pure predicate on shapes, dtypes and devices; an eligible engine never fails half way.
 """
 
+import functools
+import warnings
 from types import ModuleType
+
+import torch
 
 from xhead.engines import chunked, deferral, gram, reference, triton
 from xhead.engines.problem import Problem
@@ -32,7 +36,11 @@ def select(name: str, problem: Problem) -> str:
     if name == "auto":
         tiles = not gram.cheaper(problem) and not deferral.put_off(problem.weight)
         engines = [engine for engine in _ENGINES if not (engine == "gram" and tiles)]
-        return next(engine for engine in engines if _ENGINES[engine].eligible(problem))
+        chosen = next(engine for engine in engines if _ENGINES[engine].eligible(problem))
+        if chosen == "chunked" and on_gpu(problem) and triton.eligible(problem):
+            if not torch.compiler.is_compiling():
+                _tell_of_triton()
+        return chosen
     if name not in _ENGINES:
         raise ValueError(f'unknown engine {name!r}; known are "auto", {", ".join(map(repr, _ENGINES))}')
     if not _ENGINES[name].eligible(problem):
@@ -42,6 +50,22 @@ def select(name: str, problem: Problem) -> str:
             f"{problem.hidden.device.type} with softcap={problem.softcap}; these can: {', '.join(able)}"
         )
     return name
+
+
+def on_gpu(problem: Problem) -> bool:
+    return problem.hidden.device.type == "cuda"
+
+
+@functools.cache
+def _tell_of_triton() -> None:
+    """Once: a user of a GPU expects its own kernels."""
+    warnings.warn(
+        "xhead computes by PyTorch's GEMMs on this GPU: its Triton kernels have not been measured on one, and "
+        'engine="auto" leaves them out. python -m benchmarks.gpu measures them here; engine="triton" runs them, '
+        'engine="chunked" is quiet.',
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def get(name: str) -> ModuleType:
