@@ -37,9 +37,9 @@ def select(name: str, problem: Problem) -> str:
         tiles = not gram.cheaper(problem) and not deferral.put_off(problem.weight)
         engines = [engine for engine in _ENGINES if not (engine == "gram" and tiles)]
         chosen = next(engine for engine in engines if _ENGINES[engine].eligible(problem))
-        if chosen == "chunked" and on_gpu(problem) and triton.eligible(problem):
-            if not torch.compiler.is_compiling():
-                _tell_of_triton()
+        left_out = chosen == "chunked" and on_gpu(problem) and triton.eligible(problem)
+        if left_out and not torch.compiler.is_compiling():
+            _tell_of_triton()
         return chosen
     if name not in _ENGINES:
         raise ValueError(f'unknown engine {name!r}; known are "auto", {", ".join(map(repr, _ENGINES))}')
