@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xhead.answers  # noqa: F401  what lazy logits can answer is inherited when a class is made
@@ -96,6 +97,23 @@ class Head(nn.Module):
         if name == "weight" and "weight" not in self._parameters:
             return _NoWeight(self)
         return super().__getattr__(name)
+
+
+class InnerLinear(nn.Linear):
+    """A linear layer inside a head: in the dtype of its input, and read inside its own call alone.
+
+    That is where hooks have gathered the weight: those of `fully_shard` on the layer itself, and of ZeRO-3.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,  # (..., D)
+        consume: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None,
+    ) -> Any:
+        """(..., K), or `consume(input, weight, bias)`."""
+        weight = self.weight.to(input.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, weight, bias) if consume is None else consume(input, weight, bias)
 
 
 class _NoWeight:
