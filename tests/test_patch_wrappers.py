@@ -35,11 +35,22 @@ def _fsdp2(model, mesh, apart=False, **options):
     return fully_shard(model, mesh=mesh, **options)
 
 
+def _fsdp2_in_a_group(model, mesh):
+    """As accelerate does it: the last norm and the head in one group, with the embeddings where they are tied."""
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    group = [model.model.norm, *([model.model.embed_tokens] if tied else []), model.lm_head]
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(group, mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
+
+
 WRAPPERS = {
     "FSDP1": _fsdp1,
     "FSDP2, resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=True),
     "FSDP2, not resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=False),
     "FSDP2, head apart, not resharded": lambda m, mesh: _fsdp2(m, mesh, True, reshard_after_forward=False),
+    "FSDP2, head in a group": _fsdp2_in_a_group,
 }
 
 
