@@ -5,11 +5,13 @@ Hooks that gather the weight fire around the second call as around any. FSDP2 ca
 call that computes, the first one, and around no other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from xhead.lazy import LazyLogits
 
 
 class Reentrant(nn.Module):
@@ -39,6 +41,25 @@ class Reentrant(nn.Module):
 
     def _gather(self, gradient: Tensor) -> None:
         self.unshard()  # type: ignore[operator]
+
+
+def gather_before_backward(module: nn.Module, output: Any) -> None:
+    """Have FSDP2 see the hidden states behind lazy logits that leave a module: it looks for tensors in the output.
+
+    Without any, the gradients of parameters in the module's own group would not be reduced, and nothing would say so.
+
+    Raises RuntimeError where only the head is trained, whose gradient passes no hidden states.
+    """
+    if not hasattr(module, "_get_fsdp_state") or not isinstance(output, Mapping):
+        return
+    for logits in (each for each in output.values() if isinstance(each, LazyLogits) and each.requires_grad):
+        for hidden in (term.hidden for term in logits._terms):
+            if not hidden.requires_grad:
+                raise RuntimeError(
+                    f"{type(module).__name__} is sharded by FSDP2 and nothing below its head is trained: give the "
+                    "model its labels, so that the loss is computed inside of it"
+                )
+            hidden.register_hook(module._get_fsdp_state()._pre_backward)  # type: ignore[operator]
 
 
 def _waiting_group(module: nn.Module) -> set[nn.Module] | None:
