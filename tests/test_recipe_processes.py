@@ -111,9 +111,9 @@ def test_what_accelerate_would_leave_out_is_refused(variables, message, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["fsdp2", "tensor_parallel"])
-def test_launches_of_other_files_are_refused(file, tmp_path):
-    launched = _launch(2, "forecasting", *_forecasting(tmp_path, tmp_path / "run"), file=FILE.with_name(f"{file}.yaml"))
+def test_a_launch_of_shards_on_a_cpu_is_refused(tmp_path):
+    arguments = _forecasting(tmp_path, tmp_path / "run")
+    launched = _launch(2, "forecasting", *arguments, file=FILE.with_name("fsdp2.yaml"))
     assert launched.returncode != 0
     assert "would run plain data parallel" in launched.stderr
     assert not (tmp_path / "run").exists()
