@@ -116,20 +116,25 @@ def _wrap_head_alone_in_fsdp1():
 
 
 def _split_sequences(rank):
-    """Context parallel: each process has half of every sequence, and labels that were shifted before the split."""
+    """Context parallel, accumulated: each process has half of every sequence, and labels shifted before the split."""
     plain, model = twins("LlamaForCausalLM", num_hidden_layers=0)  # no attention, which would look across the halves
-    batch = tokens()
-    shifted = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    count = (shifted != -100).sum()
-    expected = plain(**batch, num_items_in_batch=count).loss
-    expected.backward()
+    xhead.patch(model)
+    batches = [tokens(seed=seed) for seed in range(2)]
+    batches[1]["labels"][:, :7] = -100
+    shifted = [F.pad(batch["labels"], (0, 1), value=-100)[:, 1:] for batch in batches]
+    count = sum((each != -100).sum() for each in shifted)
     half = slice(6 * rank, 6 * rank + 6)
-    own = {name: each[:, half].contiguous() for name, each in batch.items()}
-    loss = xhead.patch(model)(**own, shift_labels=shifted[:, half].contiguous(), num_items_in_batch=count).loss
-    loss.backward()
-    for each in (loss.detach(), *(parameter.grad for parameter in model.parameters())):
+    total = torch.zeros(2)
+    for batch, labels in zip(batches, shifted, strict=True):
+        expected = plain(**batch, num_items_in_batch=count).loss
+        expected.backward()
+        own = {name: each[:, half].contiguous() for name, each in batch.items()}
+        loss = model(**own, shift_labels=labels[:, half].contiguous(), num_items_in_batch=count).loss
+        loss.backward()
+        total += torch.stack([loss.detach(), expected.detach() / RANKS])
+    for each in (total, *(parameter.grad for parameter in model.parameters())):
         dist.all_reduce(each)
-    assert relative_error(loss, expected) <= 1e-5
+    assert relative_error(total[0], total[1]) <= 1e-5
     for (name, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert relative_error(ours.grad, theirs.grad) <= 1e-5, name
     assert xhead.status(model).materialized == 0
