@@ -1,21 +1,43 @@
 """Heads in the projection's place in two processes: data parallel and sharded, and a mapping that all agree on."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import xhead
 from tests.test_patch_sharded import RANKS, WRAPPERS, _full
 from tests.tiny import tiny, tokens
 
+HEADS = {
+    "vq": {"codebook_size": 12, "start": "random", "token_bias": "learned"},
+    "fourier": {"num_frequencies": 5, "token_range": (10, 50), "regularization": 1e-3, "init_scale": 1.0},
+}
 
-def _patched(**options):
+
+def _shard_layers_of_the_head(model, mesh):
+    for layer in model.lm_head.children():
+        fully_shard(getattr(layer, "linear", layer), mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _shard_in_a_group(model, mesh):
+    """As accelerate does it."""
+    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPERS = {**WRAPPERS, "layers of the head apart": _shard_layers_of_the_head, "in a group": _shard_in_a_group}
+
+
+def _patched(head="vq", **options):
     torch.manual_seed(3)
     model = tiny("LlamaForCausalLM", tie_word_embeddings=False).eval()
-    return xhead.patch(model, head="vq", codebook_size=12, start="random", token_bias="learned", **options)
+    return xhead.patch(model, head=head, **HEADS[head], **options)
 
 
 def _train(rank, folder):
@@ -23,8 +45,8 @@ def _train(rank, folder):
     torch.set_num_threads(1)
     try:
         mesh = init_device_mesh("cpu", (RANKS,))
-        for name, wrap in WRAPPERS.items():
-            plain = _patched()
+        for head, (name, wrap) in itertools.product(HEADS, WRAPPERS.items()):
+            plain = _patched(head)
             model = wrap(copy.deepcopy(plain), mesh)
             for seed in range(RANKS):
                 (plain(**tokens(seed=seed)).loss / RANKS).backward()
@@ -33,7 +55,7 @@ def _train(rank, folder):
             loss.backward()
             for (key, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
                 torch.testing.assert_close(
-                    _full(actual.grad), expected.grad, msg=lambda text, k=key, n=name: f"{n} {k} {text}"
+                    _full(actual.grad), expected.grad, msg=lambda text, k=key, n=(head, name): f"{n} {k} {text}"
                 )
         model = _patched(mapping="reassigned", reassign_every=2).train()
         before = model.lm_head.token_code.clone()

@@ -35,11 +35,22 @@ def _fsdp2(model, mesh, apart=False, **options):
     return fully_shard(model, mesh=mesh, **options)
 
 
+def _fsdp2_in_a_group(model, mesh):
+    """As accelerate does it: the last norm and the head in one group, with the embeddings where they are tied."""
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    group = [model.model.norm, *([model.model.embed_tokens] if tied else []), model.lm_head]
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(group, mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
+
+
 WRAPPERS = {
     "FSDP1": _fsdp1,
     "FSDP2, resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=True),
     "FSDP2, not resharded": lambda m, mesh: _fsdp2(m, mesh, reshard_after_forward=False),
     "FSDP2, head apart, not resharded": lambda m, mesh: _fsdp2(m, mesh, True, reshard_after_forward=False),
+    "FSDP2, head in a group": _fsdp2_in_a_group,
 }
 
 
@@ -72,6 +83,31 @@ def _wrap(rank):
             assert (status.cut, status.materialized) == (2, 0), (name, status)
 
 
+def _loss_outside(rank):
+    """What the Trainer does with `compute_loss_func`: the model gives its logits, and they are asked twice."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def loss_of(model, seed):
+        batch = tokens(seed=seed)
+        labels = batch.pop("labels")[:, 1:].flatten()
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, labels, label_smoothing=0.1) + F.cross_entropy(logits, labels)
+
+    for name, wrap in WRAPPERS.items():
+        if name in ("FSDP1", "FSDP2, resharded"):  # errors: the weight is no longer there
+            continue
+        plain, model = twins("LlamaForCausalLM", tie_word_embeddings=False)
+        wrapped = wrap(xhead.patch(model), mesh)
+        for step in range(2):
+            for seed in range(RANKS):
+                (loss_of(plain, RANKS * step + seed) / RANKS).backward()
+            loss_of(wrapped, RANKS * step + rank).backward()
+        found = _gradients(wrapped)
+        for key, parameter in plain.named_parameters():
+            assert relative_error(found[key], parameter.grad) <= 1e-5, (name, key)
+        assert xhead.status(model).materialized == 0
+
+
 def _wrap_head_alone_in_fsdp1():
     model = xhead.patch(tiny("LlamaForCausalLM", tie_word_embeddings=False))
     wrapped = _fsdp1(model, None, auto_wrap_policy=ModuleWrapPolicy({CutLinear}))
@@ -80,20 +116,25 @@ def _wrap_head_alone_in_fsdp1():
 
 
 def _split_sequences(rank):
-    """Context parallel: each process has half of every sequence, and labels that were shifted before the split."""
+    """Context parallel, accumulated: each process has half of every sequence, and labels shifted before the split."""
     plain, model = twins("LlamaForCausalLM", num_hidden_layers=0)  # no attention, which would look across the halves
-    batch = tokens()
-    shifted = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    count = (shifted != -100).sum()
-    expected = plain(**batch, num_items_in_batch=count).loss
-    expected.backward()
+    xhead.patch(model)
+    batches = [tokens(seed=seed) for seed in range(2)]
+    batches[1]["labels"][:, :7] = -100
+    shifted = [F.pad(batch["labels"], (0, 1), value=-100)[:, 1:] for batch in batches]
+    count = sum((each != -100).sum() for each in shifted)
     half = slice(6 * rank, 6 * rank + 6)
-    own = {name: each[:, half].contiguous() for name, each in batch.items()}
-    loss = xhead.patch(model)(**own, shift_labels=shifted[:, half].contiguous(), num_items_in_batch=count).loss
-    loss.backward()
-    for each in (loss.detach(), *(parameter.grad for parameter in model.parameters())):
+    total = torch.zeros(2)
+    for batch, labels in zip(batches, shifted, strict=True):
+        expected = plain(**batch, num_items_in_batch=count).loss
+        expected.backward()
+        own = {name: each[:, half].contiguous() for name, each in batch.items()}
+        loss = model(**own, shift_labels=labels[:, half].contiguous(), num_items_in_batch=count).loss
+        loss.backward()
+        total += torch.stack([loss.detach(), expected.detach() / RANKS])
+    for each in (total, *(parameter.grad for parameter in model.parameters())):
         dist.all_reduce(each)
-    assert relative_error(loss, expected) <= 1e-5
+    assert relative_error(total[0], total[1]) <= 1e-5
     for (name, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert relative_error(ours.grad, theirs.grad) <= 1e-5, name
     assert xhead.status(model).materialized == 0
@@ -111,6 +152,7 @@ def _train(rank, folder):
 
 def _both(rank, folder):
     _wrap(rank)
+    _loss_outside(rank)
     _wrap_head_alone_in_fsdp1()
     _split_sequences(rank)
     _train(rank, folder)

@@ -259,6 +259,7 @@ def _check_bad_input(rank):
     _raises(RuntimeError, "must be the . rows of the classes", lambda: loss(rows=1))
     _raises(IndexError, "target 10 is out of bounds: classes are 0 to 9", lambda: loss(target=10))
     _raises(RuntimeError, "same batch", lambda: loss(target=3 if first else 4))
+    _raises(RuntimeError, "same batch", lambda: loss(target=10 if first else 4))
     loss()
 
     hidden, weight = torch.ones(6, 3), torch.ones(size, 3)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from xhead.heads.base import DATA_PARALLEL, Head, is_replica
 from xhead.lazy import LazyLogits
+from xhead.reentry import Reentrant
 from xhead.standin import Record
 from xhead.vocabulary import Vocabulary, of_dtensor
 
@@ -35,7 +36,7 @@ def describe_patch(head: str, loss: Any, options: dict[str, Any], lazy_eval: boo
     return ", ".join(f"{name}={value!r}" for name, value in {**first, **options, "lazy_eval": lazy_eval}.items())
 
 
-class CutLinear(nn.Linear):
+class CutLinear(Reentrant, nn.Linear):
     """A linear output projection that returns `LazyLogits` where a gradient may be wanted, real logits elsewhere.
 
     The loss runs inside this module's `__call__`, entered a second time with the function to apply: hooks that gather
@@ -53,7 +54,7 @@ class CutLinear(nn.Linear):
             return consume(input, self.weight, self.bias)
         patch = self.xhead_patch
         patch.entered = True
-        if not (torch.is_grad_enabled() or patch.lazy_eval):
+        if not self.is_lazy():
             return self._stock(input)
         vocabulary = self.vocabulary
         for reason, found in (
@@ -76,9 +77,8 @@ class CutLinear(nn.Linear):
             return None
         return of_dtensor(self.weight)
 
-    def consume(self, hidden: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
-        """`function(hidden, weight, bias)`, inside this module's call."""
-        return self(hidden, consume=function)
+    def is_lazy(self) -> bool:
+        return torch.is_grad_enabled() or self.xhead_patch.lazy_eval
 
     def trains(self) -> bool:
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)

@@ -50,6 +50,7 @@ def replace_head(model: nn.Module, name: str, lazy_eval: bool, options: dict[str
     check_linear(projection)
     guard.check_forward(owner)
     linear: Any = projection
+    _check_whole(linear, name)
     head = make_head(name, linear.in_features, linear.out_features, config)
     head.to(linear.weight.device, linear.weight.dtype)
     head.start_from(linear, **start_options)
@@ -149,6 +150,17 @@ def load(folder: str | Path, model_class: Any = None, *, lazy_eval: bool = False
     )
     model.__class__ = model_class
     return model
+
+
+def _check_whole(linear: nn.Linear, name: str) -> None:
+    """Raise ValueError where the weight that a head starts from is not there, as under DeepSpeed's ZeRO-3."""
+    shape = (linear.out_features, linear.in_features)
+    if linear.weight.shape != shape:
+        raise ValueError(
+            f"the head {name!r} starts from the output projection's weight, which must be {shape}, got "
+            f"{tuple(linear.weight.shape)}: processes hold it in parts. Patch where it is gathered, with "
+            "deepspeed.zero.GatheredParameters(list(model.get_output_embeddings().parameters())): xhead.patch(...)"
+        )
 
 
 def _put(owner: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -122,6 +122,8 @@ def row_statistics(
     _check_names(names, target=target, values=values, columns=columns, pointwise=pointwise)
     _check_pointwise(pointwise, pointwise_parameters)
     target = _flat_target(target, rows_shape, classes, row_mask)
+    if vocabulary is None:
+        _check_target(target, classes)
     sets = (None, None) if columns is None else compressed_columns(columns, rows_shape, classes)
     problem = Problem(
         hidden=flat,
@@ -147,6 +149,8 @@ def row_statistics(
         results = autograd.statistics(problem, engine)
     else:
         results = sharded.statistics(problem, engine, vocabulary)
+        # Now that all know that they have the same: a process that stops before leaves the others waiting.
+        _check_target(target, classes)
     shaped = {}
     for name, value in results.items():
         if name == "column_logits":
@@ -260,8 +264,12 @@ def _flat_target(target: Tensor | None, rows_shape: torch.Size, classes: int, ro
     flat = target.reshape(-1).long()
     if row_mask is not None:
         flat = flat.masked_fill(~row_mask.reshape(-1), 0)
-    check_range("target", flat, classes)
     return flat
+
+
+def _check_target(target: Tensor | None, classes: int) -> None:
+    if target is not None and not target.is_floating_point():
+        check_range("target", target, classes)
 
 
 def check_range(name: str, index: Tensor, classes: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments
 
 import xhead
@@ -60,6 +61,7 @@ def run(
     Raises:
         RecipeError: data, losses or output folder cannot be used.
     """
+    state = PartialState()
     tokenizer = character_tokenizer()
     patches = patch_options(run_options.losses, run_options.parsed_loss_options, tokenizer)
     problems = load_problems(data_options)
@@ -72,10 +74,10 @@ def run(
         "model": dataclasses.asdict(model_options),
         "loss_options": run_options.parsed_loss_options,
         "steps": training.max_steps,
-        "batch_size": training.per_device_train_batch_size,
+        "batch_size": training.per_device_train_batch_size * training.world_size,
         "learning_rate": training.learning_rate,
     }
-    print(f"data        {problems.name}: {len(problems.train):,} to train on, {len(problems.test):,} to test on")
+    state.print(f"data        {problems.name}: {len(problems.train):,} to train on, {len(problems.test):,} to test on")
     runs: dict[str, list[dict[str, Any]]] = {loss: [] for loss in run_options.losses}
     for seed in range(1, run_options.seeds + 1):
         for loss in run_options.losses:
@@ -87,7 +89,7 @@ def run(
                 xhead.patch(model, loss=loss, **patches[loss])
                 done = _train(model, batches, problems, place, description, training, run_options.resume, callbacks)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in done.items() if value is not None)
-            print(f"seed {seed}  {loss:<20}{shown}", flush=True)
+            state.print(f"seed {seed}  {loss:<20}{shown}", flush=True)
             runs[loss].append(done)
     return write_report(runs, about, folder)
 
@@ -139,8 +141,11 @@ def _train(
     resume: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
+    state = PartialState()
     checkpoint = find_checkpoint(place) if resume else None
-    write_description(place, description)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_description(place, description)
     settings = dataclasses.replace(
         training, output_dir=str(place), seed=description["seed"], remove_unused_columns=False
     )
@@ -156,8 +161,9 @@ def _train(
     scores = score(answers, [problem.answer for problem in problems.test])
     examples = [[*problem, given] for problem, given in zip(problems.test, answers, strict=True)][:20]
     result = {"run": description, "scores": scores, "history": trainer.state.log_history, "examples": examples}
-    with written_aside(place / RESULT) as path:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+    if state.is_main_process:
+        with written_aside(place / RESULT) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n")
     return scores
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from recipes.arithmetic.scores import SCORES, summary, verdict
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -29,13 +31,15 @@ def table(runs: Runs) -> str:
 
 
 def write_report(runs: Runs, about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Print the table; write it, results.json and scores.png."""
+    """Print the table; write it, results.json and scores.png: on the first process only."""
     base, *others = runs
     results = {
         **about,
         "runs": runs,
         "verdicts": {other: {name: verdict(runs[base], runs[other], name) for name in SCORES} for other in others},
     }
+    if not PartialState().is_main_process:
+        return results
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / "table.txt").write_text(table(runs))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from recipes.common.errors import RecipeError
+from recipes.common.processes import check_launch
 
 
 def parse(
@@ -16,7 +17,8 @@ def parse(
     """One object of each of the dataclasses; `defaults` replace theirs.
 
     Raises:
-        RecipeError: an option is not known, or a value is out of range.
+        RecipeError: an option is not known, a value is out of range, or the processes were started for something that
+            would not happen.
     """
     parser = HfArgumentParser(kinds, prog=program, description=description, allow_abbrev=False)  # pyright: ignore
     parser.set_defaults(**defaults)
@@ -26,6 +28,9 @@ def parse(
         raise RecipeError(str(error)) from error
     if unknown:
         raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
+    for each in parsed:
+        if isinstance(each, TrainingArguments):
+            check_launch(each)
     return tuple(parsed)
 
 

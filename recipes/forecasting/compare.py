@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import xhead
@@ -40,11 +41,12 @@ def run(
     Raises:
         RecipeError: data or heads cannot be used.
     """
+    state = PartialState()
     series = load_series(data_options.data, data_options.made_series, data_options.made_length)
     tokens = ValueTokens(data_options.bins, data_options.low, data_options.high)
     context, horizon = data_options.context, data_options.horizon
     train, test = split(series, context, horizon, tokens, data_options.train_windows, data_options.test_windows)
-    print(f"data        {series.source}: {len(series.values)} series, {len(train.tokens):,} windows to train on")
+    state.print(f"data        {series.source}: {len(series.values)} series, {len(train.tokens):,} windows to train on")
     shown = [field.name for field in dataclasses.fields(data_options) if field.name != "data"]
     about = {
         "data": series.source,
@@ -55,7 +57,7 @@ def run(
         "model": dataclasses.asdict(model_options),
         "run": dataclasses.asdict(run_options),
         "steps": training.max_steps,
-        "batch_size": training.per_device_train_batch_size,
+        "batch_size": training.per_device_train_batch_size * training.world_size,
         "learning_rate": training.learning_rate,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -77,7 +79,7 @@ def run(
             )
             scores = {**found.scores, "head_parameters": sum(each.numel() for each in model.lm_head.parameters())}
             line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            print(f"seed {seed}  {head:<14}{line}", flush=True)
+            state.print(f"seed {seed}  {head:<14}{line}", flush=True)
             runs[head].append(scores)
             paths.setdefault(head, found.paths)
     return write_report(runs, about, test, paths, context, Path(str(training.output_dir)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from recipes.forecasting.scores import SCORES
@@ -46,8 +47,10 @@ def _spread(values: Sequence[float]) -> str:
 def write_report(
     runs: Runs, about: Mapping[str, Any], windows: Windows, paths: Mapping[str, Tensor], context: int, folder: Path
 ) -> dict[str, Any]:
-    """Print the table; write it, results.json and fan.png. Returns what is in results.json."""
+    """What is in results.json. The first process prints the table, and writes it, results.json and fan.png."""
     results = {**about, "runs": runs}
+    if not PartialState().is_main_process:
+        return results
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "table.txt").write_text(table(runs))

@@ -18,6 +18,7 @@ from recipes.common.checkpoints import (
     written_aside,
 )
 from recipes.common.errors import RecipeError
+from recipes.common.processes import sharding
 from recipes.one_billion_word.callbacks import ExactValidation, StepTimer
 from recipes.one_billion_word.data import prepare_data
 from recipes.one_billion_word.head_inputs import save_head_inputs
@@ -63,6 +64,11 @@ def run(
         RecipeError: data, vocabulary, loss or output folder cannot be used.
     """
     state = PartialState()
+    if sharding():
+        raise RecipeError(
+            f"accelerate was asked for {sharding()}, and this recipe measures on whole models, each process on a share "
+            "of the text: launch with recipes/accelerate/ddp.yaml"
+        )
     folder = Path(str(training.output_dir))
     check_loss(model_options)
     check_vq(model_options)

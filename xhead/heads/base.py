@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xhead.answers  # noqa: F401  what lazy logits can answer is inherited when a class is made
 from xhead import pointwise
 from xhead.factors import Term
 from xhead.lazy import LazyLogits
+from xhead.reentry import Reentrant
 
 DATA_PARALLEL = (
     "it gathers the outputs of each GPU, so they are built as ever. Start one process a GPU instead, with "
@@ -26,7 +28,7 @@ def is_replica(module: nn.Module) -> bool:
     return vars(module).get("_is_replica", False)
 
 
-class Head(nn.Module):
+class Head(Reentrant):
     """A head of V classes on hidden states of width D, in the place of `nn.Linear(D, V)`.
 
     A subclass is made by `cls(in_features, out_features, config)`, config being the dataclass that it is registered
@@ -75,16 +77,16 @@ class Head(nn.Module):
         if patch is None:
             return self.logits(hidden)
         patch.entered = True
-        if not (torch.is_grad_enabled() or patch.lazy_eval):
+        if not self.is_lazy():
             return self.logits(hidden)
         if is_replica(self):
             patch.record.count_materialized("DataParallel", DATA_PARALLEL)
             return self.logits(hidden)
         return HeadLogits.deferred(hidden, self, patch.record)  # type: ignore[arg-type]
 
-    def consume(self, hidden: Tensor, function: Callable[[Tensor, "Head"], Any]) -> Any:
-        """`function(hidden, head)`, inside this module's call."""
-        return self(hidden, consume=function)
+    def is_lazy(self) -> bool:
+        patch = self.xhead_patch
+        return patch is not None and (torch.is_grad_enabled() or patch.lazy_eval)
 
     def trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.parameters())
@@ -96,6 +98,23 @@ class Head(nn.Module):
         if name == "weight" and "weight" not in self._parameters:
             return _NoWeight(self)
         return super().__getattr__(name)
+
+
+class InnerLinear(nn.Linear):
+    """A linear layer inside a head: in the dtype of its input, and read inside its own call alone.
+
+    That is where hooks have gathered the weight: those of `fully_shard` on the layer itself, and of ZeRO-3.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,  # (..., D)
+        consume: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None,
+    ) -> Any:
+        """(..., K), or `consume(input, weight, bias)`."""
+        weight = self.weight.to(input.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, weight, bias) if consume is None else consume(input, weight, bias)
 
 
 class _NoWeight:

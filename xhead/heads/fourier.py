@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from xhead.heads.base import InnerLinear
 from xhead.heads.fourier_bins import FourierBins
 from xhead.heads.fourier_density import FourierDensity, check_bounds
 from xhead.statistics import check_range
@@ -67,7 +68,7 @@ class FourierHead(nn.Module):
         self.init_scale = (init_scale, init_scale) if isinstance(init_scale, (int, float)) else tuple(init_scale)
         if len(self.init_scale) != 2 or not all(scale > 0 for scale in self.init_scale):
             raise ValueError(f"init_scale must be a positive number or two, got {init_scale!r}")
-        self.linear = nn.Linear(in_features, 2 * (num_frequencies + 1), device=device, dtype=dtype)
+        self.linear = InnerLinear(in_features, 2 * (num_frequencies + 1), device=device, dtype=dtype)
         self.scale_parameters()
 
     @torch.no_grad()
@@ -94,8 +95,7 @@ class FourierHead(nn.Module):
         """u and v, the real and imaginary parts of a, each (..., N + 1), in float32 or float64."""
         if hidden.ndim < 1 or hidden.shape[-1] != self.in_features:
             raise ValueError(f"hidden must be (..., {self.in_features}), got {tuple(hidden.shape)}")
-        weight, bias = self.linear.weight.to(hidden.dtype), self.linear.bias.to(hidden.dtype)
-        found = nn.functional.linear(hidden, weight, bias)
+        found = self.linear(hidden)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         real, imaginary = found.chunk(2, -1)
         return real, imaginary

@@ -11,11 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xhead.heads import register_head
-from xhead.heads.base import Head
+from xhead.heads.base import Head, InnerLinear
 from xhead.heads.fourier import FourierHead
 from xhead.heads.fourier_bins import FourierBins
 from xhead.statistics import check_range, row_statistics
@@ -85,7 +84,7 @@ class FourierVocabularyHead(Head):
         )
         others = out_features - (stop - first)
         # The range's class is the last one.
-        self.dense = nn.Linear(in_features, others + 1) if others else None
+        self.dense = InnerLinear(in_features, others + 1) if others else None
 
     @torch.no_grad()
     def start_from(self, projection: nn.Linear) -> None:
@@ -104,7 +103,7 @@ class FourierVocabularyHead(Head):
         inside = self.fourier(hidden)
         if self.dense is None:
             return inside.to(hidden.dtype)
-        found = F.linear(hidden, self.dense.weight.to(hidden.dtype), self.dense.bias.to(hidden.dtype))
+        found = self.dense(hidden)
         before, after, gate = found.split([self.first, self.out_features - self.stop, 1], -1)
         return torch.cat((before, (gate + inside).to(hidden.dtype), after), -1)
 
@@ -115,13 +114,11 @@ class FourierVocabularyHead(Head):
         inside = (labels >= self.first) & (labels < self.stop)
         outer = torch.where(labels < self.first, labels, labels - (self.stop - self.first))
         outer = outer.masked_fill(inside, self.dense.out_features - 1)
-        statistics = row_statistics(
-            hidden,
-            self.dense.weight.to(hidden.dtype),
-            ("lse", "target"),
-            bias=self.dense.bias.to(hidden.dtype),
-            target=outer,
-        )
-        assert statistics.lse is not None and statistics.target is not None
+
+        def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            statistics = row_statistics(hidden, weight, ("lse", "target"), bias=bias, target=outer)
+            assert statistics.lse is not None and statistics.target is not None
+            return statistics.lse - statistics.target
+
         rows = self.fourier.loss(hidden, (labels - self.first).masked_fill(~inside, -1), ignore_index=-1)
-        return statistics.lse - statistics.target + rows
+        return self.dense(hidden, consume=cross_entropy) + rows
