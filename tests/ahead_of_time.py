@@ -62,16 +62,15 @@ def kernels(blocks: Blocks, *, capped: bool) -> dict:
 
 def small_kernels(blocks: Blocks) -> dict:
     """Those of the filtered backward that multiply no matrices: kernel, constants and warps."""
-    mean = {"BLOCK_V": blocks.classes, "FEATURES": tile_means._MEAN_FEATURES, "INNER": 32}
-    tilt = {"ROWS": tile_means._TILT_ROWS, "FEATURES": tile_means._TILT_FEATURES}
-    group = {"BLOCK_N": blocks.rows, "GROUP": tile_record._GROUP}
-    return {
-        "block_means": (tile_means._mean_kernel, mean, 4),
-        "hidden_grad of means": (tile_means._hidden_kernel, tilt, 4),
-        "read_record": (tile_record._read_kernel, group | {"BLOCK_V": blocks.classes}, 4),
-        "skipped_mass": (tile_record._mass_kernel, group, 4),
-        "finish": (sums._finish_kernel, {"ROWS": sums._ROWS, "FEATURES": sums._FEATURES}, sums._WARPS),
+    group = tile_record._LAUNCH | {"BLOCK_N": blocks.rows}
+    found = {
+        "block_means": (tile_means._mean_kernel, tile_means._MEAN | {"BLOCK_V": blocks.classes}),
+        "hidden_grad of means": (tile_means._hidden_kernel, tile_means._TILT),
+        "read_record": (tile_record._read_kernel, group | {"BLOCK_V": blocks.classes}),
+        "skipped_mass": (tile_record._mass_kernel, group),
+        "finish": (sums._finish_kernel, sums._LAUNCH),
     }
+    return {name: (kernel, constants, constants["num_warps"]) for name, (kernel, constants) in found.items()}
 
 
 def slice_kernels() -> dict:
@@ -142,6 +141,16 @@ def spilled(cubin: bytes) -> int:
     return int(found[1]) + int(found[2])
 
 
+def narrow_strides(code: str) -> list[str]:
+    """Strides that something is done with before they are 64 bits wide, by the first form that the compiler makes.
+
+    There, each use is a line of its own: `%a = arith.extsi %weight_stride : i32 to i64`.
+    """
+    strides = set(re.findall(r"%(\w*stride): i32", code))
+    used = re.findall(r"^ +%\S+ = ([\w.]+) .*%(\w*stride)\b", code, re.MULTILINE)
+    return sorted({name for operation, name in used if name in strides and operation != "arith.extsi"})
+
+
 def records(architecture: int):
     """What the compiler made of each kernel, for the blocks that the architecture gets."""
     work = {}
@@ -157,6 +166,7 @@ def records(architecture: int):
             "tensor_core": TENSOR_CORE[architecture] in made.asm["ptx"] or not multiplies,
             "asynchronous_copies": made.asm["ptx"].count("cp.async"),
             "described_copies": made.asm["ptx"].count("cp.async.bulk.tensor"),
+            "narrow_strides": narrow_strides(made.asm["ttir"]),
             "specialised": bool(constants.get("SPECIALISED")),
             "specialised_warps": "ttg.warp_specialize" in made.asm["ttgir"],
             "spilled": spilled(made.asm["cubin"]),

@@ -5,6 +5,8 @@ own memory and a quarter in a second tensor: 17 binary digits, of which a result
 tensor, the first is float32 and holds the sums themselves.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from xhead_kernels.blocks import ceil_divide
 
-_ROWS, _FEATURES, _WARPS = 32, 128, 4
+_LAUNCH: dict[str, Any] = {"ROWS": 32, "FEATURES": 128, "num_warps": 4}
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def finish(
 ) -> None:
     """Round the sums to their result in place, plus `lone_i weight[target_i]`."""
     rows, size = out.shape
-    _finish_kernel[(ceil_divide(rows, _ROWS), ceil_divide(size, _FEATURES))](
+    _finish_kernel[(ceil_divide(rows, _LAUNCH["ROWS"]), ceil_divide(size, _LAUNCH["FEATURES"]))](
         upper_of(out, half=lower is not None),
         lower,
         out,
@@ -97,9 +99,7 @@ def finish(
         rows,
         size,
         weight.stride(0),
-        ROWS=_ROWS,
-        FEATURES=_FEATURES,
-        num_warps=_WARPS,
+        **_LAUNCH,
     )
 
 

@@ -1,5 +1,7 @@
 """What stands in for the tiles that are not visited: means, second moments and gradients of blocks of classes."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,8 @@ from xhead_kernels.blocks import Blocks, ceil_divide
 from xhead_kernels.sums import store_first, upper_of
 from xhead_kernels.tile import classes_at, multiply_add, tile_products
 
-_MEAN_FEATURES, _TILT_ROWS, _TILT_FEATURES = 128, 16, 256
+_MEAN: dict[str, Any] = {"FEATURES": 128, "INNER": 32, "num_warps": 4}
+_TILT: dict[str, Any] = {"ROWS": 16, "FEATURES": 256, "num_warps": 4}
 
 
 @triton.jit
@@ -184,9 +187,8 @@ def block_means(weight: Tensor, order: Tensor, blocks: Blocks) -> Tensor:
     """Mean row of the weight in each tile, in the weight's dtype: (tiles, D). weight: (V, D), order: (V,)"""
     classes, size = weight.shape
     out = weight.new_empty(ceil_divide(classes, blocks.classes), size)
-    _mean_kernel[(out.shape[0], ceil_divide(size, _MEAN_FEATURES))](
-        weight, order, out, classes, size, weight.stride(0), BLOCK_V=blocks.classes, FEATURES=_MEAN_FEATURES, INNER=32,
-        num_warps=4,
+    _mean_kernel[(out.shape[0], ceil_divide(size, _MEAN["FEATURES"]))](
+        weight, order, out, classes, size, weight.stride(0), **blocks.launch_of(BLOCK_V=blocks.classes, **_MEAN),
     )  # fmt: skip
     return out
 
@@ -211,8 +213,8 @@ def second_moment(
     vector = None if deviation is None else torch.empty(size, dtype=torch.float32, device=matrix.device)
     across = ceil_divide(size, 2 * blocks.inner)
     _moment_kernel[(across, across)](
-        matrix, order, mean, share, deviation, unit, out, vector, count, size, matrix.stride(0), WIDTH=width,
-        BLOCK_D=2 * blocks.inner, INNER=blocks.inner, num_warps=blocks.warps, num_stages=blocks.stages,
+        matrix, order, mean, share, deviation, unit, out, vector, count, size, matrix.stride(0),
+        **blocks.launch_of(WIDTH=width, BLOCK_D=2 * blocks.inner, INNER=blocks.inner),
     )  # fmt: skip
     return vector
 
@@ -236,10 +238,9 @@ def write_hidden_grad(
 ) -> None:
     """`factor level_i (sum_b m_ib wbar_b + tilt_i m_i scale (G h_i + with_bias))`, tilt_i at most `limit`."""
     size = hidden.shape[1]
-    _hidden_kernel[(ceil_divide(rows[1] - rows[0], _TILT_ROWS),)](
+    _hidden_kernel[(ceil_divide(rows[1] - rows[0], _TILT["ROWS"]),)](
         of_means, product, hidden, with_bias, centre_bias, mass, moment, level, factor,
-        upper_of(hidden_grad, half=half), *rows, size, hidden.stride(0), scale, limit, ROWS=_TILT_ROWS,
-        FEATURES=_TILT_FEATURES, num_warps=4,
+        upper_of(hidden_grad, half=half), *rows, size, hidden.stride(0), scale, limit, **_TILT,
     )  # fmt: skip
 
 
@@ -258,6 +259,6 @@ def write_weight_grad(
     width = 2 * blocks.inner
     _class_kernel[(rest.shape[0], ceil_divide(size, width))](
         weight, order, direction, coefficient, rest, weight_grad, first_tile, classes, size, weight.stride(0),
-        weight_grad.stride(0), BLOCK_N=blocks.classes, BLOCK_V=width, BLOCK_D=blocks.inner,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        weight_grad.stride(0),
+        **blocks.launch_of(BLOCK_N=blocks.classes, BLOCK_V=width, BLOCK_D=blocks.inner),
     )  # fmt: skip

@@ -6,6 +6,8 @@ that does not. The tile's log-sum-exp above it takes 5 bits, rounded up or down 
 tile: a single mass is off by up to a fifth, either way, and sums over a row's tiles or a tile's rows by little.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,11 +16,12 @@ from torch import Tensor
 from xhead_kernels.blocks import Blocks, ceil_divide
 
 _STEPS = tl.constexpr(64)  # of the largest logit, to one of the logarithm
-_BELOW = tl.constexpr(24 * 64)  # steps below the reference; what is lower holds nothing that counts
+_BELOW = tl.constexpr(20 * 64)  # steps below the reference; what is lower holds nothing that counts
 _UNKNOWN = tl.constexpr(2047)  # too large to say, or NaN: the tile is active
 _EXCESS = tl.constexpr(0.185)  # a step of the log-sum-exp above the largest logit: 30 of them are log(256)
 _MARGIN = tl.constexpr(0.25)  # steps added before rounding up, for what float32 rounds on the way
 _GROUP = 32  # tiles of a program
+_LAUNCH: dict[str, Any] = {"GROUP": _GROUP, "num_warps": 4}
 
 
 @triton.jit
@@ -29,21 +32,29 @@ def encoded(peak, total, reference, row, tile):
     steps = tl.where(steps < _UNKNOWN, tl.where(steps > 0, steps, 0.0), 2047.0)
     # Multiples of these two numbers fill the unit square evenly, modulo 1.
     turn = row.to(tl.float32) * 0.7548776662 + tl.cast(tile, tl.float32) * 0.569840291
-    excess = tl.log(total) / _EXCESS + (turn - tl.floor(turn))
+    excess = tl.log(tl.where(total > 0, total, 1.0)) / _EXCESS + (turn - tl.floor(turn))
     excess = tl.where(excess < 31, tl.where(excess > 0, excess, 0.0), 31.0)
     return (steps.to(tl.int32) * 32 + excess.to(tl.int32) - 32768).to(tl.int16)
 
 
 @triton.jit
-def decoded(record, reference, lse, bound):
-    """Whether an entry may be at least the threshold, whose logarithm is `bound`, and the logarithm of the mass."""
-    code = record.to(tl.int32) + 32768
-    steps = code >> 5
-    peak = reference - lse + (steps - _BELOW).to(tl.float32) / _STEPS
-    active = (steps == _UNKNOWN) | ~(peak < bound)
+def log_peak(code, reference, lse):
+    """The logarithm of the largest probability, rounded up. code: a record + 32768"""
+    return reference - lse + ((code >> 5) - _BELOW).to(tl.float32) / _STEPS
+
+
+@triton.jit
+def is_active(code, reference, lse, bound):
+    """Whether an entry may be at least the threshold, whose logarithm is `bound`; NaN is."""
+    return ((code >> 5) == _UNKNOWN) | ~(log_peak(code, reference, lse) < bound)
+
+
+@triton.jit
+def log_mass_of(code, reference, lse):
+    """The logarithm of the tile's share of the row."""
     # Rounding up has added half a step, and the margin, on average.
-    log_mass = peak - (0.5 + _MARGIN) / _STEPS + (code & 31).to(tl.float32) * _EXCESS
-    return active, tl.where(steps > 0, log_mass, float("-inf"))
+    log_mass = log_peak(code, reference, lse) - (0.5 + _MARGIN) / _STEPS + (code & 31).to(tl.float32) * _EXCESS
+    return tl.where(code >= 32, log_mass, float("-inf"))
 
 
 @triton.jit
@@ -71,9 +82,9 @@ def _read_kernel(
     row_mass = tl.zeros((BLOCK_N,), dtype=tl.float32)
     row_moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for tile in range(group * GROUP, tl.minimum((group + 1) * GROUP, tiles)):
-        held = tl.load(record + tl.cast(tile, tl.int64) * rows + row, mask=inside, other=-32768)
-        active, log_mass = decoded(held, row_reference, row_lse, bound)
-        visited = tl.max((active & inside).to(tl.int32), 0)
+        code = tl.load(record + tl.cast(tile, tl.int64) * rows + row, mask=inside, other=-32768).to(tl.int32) + 32768
+        visited = tl.max((is_active(code, row_reference, row_lse, bound) & inside).to(tl.int32), 0)
+        log_mass = log_mass_of(code, row_reference, row_lse)
         mass = tl.where(inside & (visited == 0), tl.exp(log_mass), 0.0)
         size = tl.minimum(classes - tile * BLOCK_V, BLOCK_V).to(tl.float32)
         row_mass += mass
@@ -108,10 +119,11 @@ def _mass_kernel(
     tile = first_tile + tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     row_inside = row < last_row
     inside = row_inside[:, None] & (tile < last_tile)[None, :]
-    held = tl.load(record + tile.to(tl.int64)[None, :] * rows + row[:, None], mask=inside, other=-32768)
+    held = record + tile.to(tl.int64)[None, :] * rows + row[:, None]
+    code = tl.load(held, mask=inside, other=-32768).to(tl.int32) + 32768
     row_reference = tl.load(reference + row, mask=row_inside, other=0.0)
     row_lse = tl.load(lse + row, mask=row_inside, other=0.0)
-    _, log_mass = decoded(held, row_reference[:, None], row_lse[:, None], 0.0)
+    log_mass = log_mass_of(code, row_reference[:, None], row_lse[:, None])
     visited = tl.load(active + (row // BLOCK_N)[:, None] * tiles + tile[None, :], mask=inside, other=1)
     mass = tl.where(visited == 0, tl.exp(log_mass), 0.0) * mass_unit
     if level is not None:
@@ -139,7 +151,7 @@ def read_record(
     row_mass, row_moment = torch.empty(groups, rows, **options), torch.empty(groups, rows, **options)
     _read_kernel[(row_blocks, groups)](
         record, reference, lse, active, block_mass, row_mass, row_moment, log_threshold, rows, classes, tiles,
-        BLOCK_N=blocks.rows, BLOCK_V=blocks.classes, GROUP=_GROUP, num_warps=4,
+        **blocks.launch_of(BLOCK_N=blocks.rows, BLOCK_V=blocks.classes, **_LAUNCH),
     )  # fmt: skip
     return active.view(torch.bool), block_mass.sum(0), row_mass.sum(0), row_moment.sum(0)
 
@@ -161,5 +173,5 @@ def skipped_mass(
     grid = (ceil_divide(rows[1] - rows[0], blocks.rows), ceil_divide(tiles[1] - tiles[0], _GROUP))
     _mass_kernel[grid](
         record, reference, lse, active.view(torch.int8), level, out, *rows, *tiles, record.shape[1], record.shape[0],
-        unit, BLOCK_N=blocks.rows, GROUP=_GROUP, num_warps=4,
+        unit, **blocks.launch_of(BLOCK_N=blocks.rows, **_LAUNCH),
     )  # fmt: skip

@@ -140,9 +140,10 @@ class ActiveTiles:
         tile_blocks, hidden = self.operands.blocks, self.operands.hidden
         row_blocks, class_blocks = self.active.shape
         size = tile_blocks.rows * tile_blocks.classes * hidden.element_size()
-        most = max(
-            residual_bytes(*hidden.shape, self.problem.vocabulary, tile_blocks, hidden.dtype) // size, row_blocks
+        bytes_held = residual_bytes(
+            hidden.shape[0], self.problem.vocabulary, hidden.shape[1], tile_blocks, hidden.dtype
         )
+        most = max(bytes_held // size, row_blocks)
         groups, first, held = [], 0, 0
         for block, count in enumerate(self.counts):
             if held + count > most:

@@ -27,8 +27,8 @@ from xhead.engines.matmul import multiply
 from xhead.engines.operands import Operands, kernels
 from xhead.engines.problem import Problem
 from xhead.engines.row_sums import RowSums
+from xhead.engines.triton_memory import MASS_ROWS, MASS_TILES
 
-ROWS, TILES = 256, 128  # whose masses are held at a time; rows: a multiple of a block's
 _TILT_LIMIT = 2.0
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -81,7 +81,7 @@ class SkippedTiles:
     def write_hidden(self, sums: RowSums, factor: Tensor) -> None:
         """Begin the hidden states' gradient. factor: (1,)"""
         hidden, count, size = self.operands.hidden, *self.mean.shape
-        total, some = hidden.shape[0], min(ROWS, hidden.shape[0])
+        total, some = hidden.shape[0], min(MASS_ROWS, hidden.shape[0])
         gram = with_bias = mean_bias = None
         if self.tilted:
             gram, with_bias, mean_bias = self._gram()
@@ -134,8 +134,8 @@ class SkippedTiles:
         direction = self._direction() if self.tilted and weight_grad is not None else None
         coefficient = self.share * factor * self.problem.scale
         rest_bias = torch.empty_like(self.share)
-        mass = hidden.new_empty(hidden.shape[0], min(TILES, count))
-        for first, last in blocks(count, size=TILES):
+        mass = hidden.new_empty(hidden.shape[0], min(MASS_TILES, count))
+        for first, last in blocks(count, size=MASS_TILES):
             part = self._mass(mass, (0, hidden.shape[0]), (first, last), self.level)
             each = factor / (self.sizes[first:last] * self.unit)
             torch.mul(part.sum(0, dtype=torch.float32), each, out=rest_bias[first:last])
