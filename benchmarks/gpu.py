@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from benchmarks import gpu_training, gpu_verdicts, inputs, measure
 from benchmarks.cpu import Training, relative_error
-from benchmarks.filter_training import Text, read_text
 from benchmarks.gpu_losses import GROUPS, STOCK, Candidate, NotInstalled
 from benchmarks.inputs import HeadInputs
 from benchmarks.report import RESULTS, markdown_table, megabytes, save_json
@@ -50,6 +48,7 @@ CASES = {
 SMOKE = {"smoke": Shape(32, 512, 16, (61,))}
 ROOT = Path(__file__).parent.parent
 TESTS = tuple(f"tests/test_triton{name}.py" for name in ("", "_slices", "_order", "_record", "_memory"))
+NO_TIME = "no time left"
 TRAINING_SECONDS = 75.0  # of the time given, kept for the training run
 CHECKED = 64  # rows of hidden, and 4 times as many classes, whose gradient is compared
 
@@ -240,7 +239,7 @@ def measure_case(
         if clock.left > 0:
             record["results"].append(attempt(candidate, made, truth, device))
         else:
-            record["results"].append({"name": candidate.name, "why": "no time left"})
+            record["results"].append({"name": candidate.name, "why": NO_TIME})
     return record
 
 
@@ -270,21 +269,6 @@ def table(record: dict[str, Any]) -> str:
     columns = ["loss", "forward ms", "with backward ms", "x stock", "MB beyond gradients"]
     made = markdown_table([*columns, "hidden error", "weight error", "active tiles"], rows)
     return "\n".join([made, "", *reasons])
-
-
-def train(clock: Clock, device: torch.device, *, smoke: bool) -> dict[str, Any]:
-    """The curves of `gpu_training`, or why there are none."""
-    if clock.left <= 0:
-        return {"why": "no time left"}
-    configuration = gpu_training.CONFIGURATION
-    if smoke:
-        configuration = replace(configuration, width=16, steps=2, batch=2, length=8)
-        text = Text(torch.arange(2000) % 300, torch.arange(60) % 300, 300)
-        return gpu_training.compare(lambda: text, configuration, device)
-    try:
-        return gpu_training.compare(lambda: read_text(None, configuration.classes), configuration, device)
-    except Exception as error:  # what was measured before must not be lost
-        return {"why": reason(error)}
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -344,7 +328,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         save_json(options.output, record)
         print(f"\n{name}, {kind}: N {shape.rows:,}, V {shape.classes:,}, D {shape.width:,}, bfloat16\n", flush=True)
         print(case["why"] if "why" in case else table(case), flush=True)
-    record |= {"training": train(clock, device, smoke=options.smoke)}
+    try:
+        record["training"] = gpu_training.compare(device, smoke=options.smoke) if clock.left > 0 else {"why": NO_TIME}
+    except Exception as error:  # what was measured before must not be lost
+        record["training"] = {"why": reason(error)}
     record |= {"goals": gpu_verdicts.goals(record), "suggested": gpu_verdicts.suggested(record)}
     apart = record["training"].get("apart")
     record["goals"].append(gpu_verdicts.verdict("training, stock and xhead apart", apart, gpu_training.ALLOWED))

@@ -1,13 +1,13 @@
 """A training run with the Triton engine beside one with stock, for `benchmarks.gpu`: do their loss curves agree?"""
 
 import itertools
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks.cpu import Loss, stock, xhead_loss
-from benchmarks.filter_training import Configuration, Text, WordModel, batches, validation_loss
+from benchmarks.filter_training import Configuration, Text, WordModel, batches, read_text, validation_loss
 
 CONFIGURATION = Configuration("Python's documentation", 8192, 256, 1000, 32, 32, 2e-3, 50, "both")
 ALLOWED = 1e-3  # between the curves
@@ -33,12 +33,15 @@ def curve(loss: Loss, configuration: Configuration, text: Text, device: torch.de
     return found
 
 
-def compare(text: Callable[[], Text], configuration: Configuration, device: torch.device) -> dict[str, Any]:
-    """Both curves, and how far apart they are at most."""
-    read = text()
-    curves = {
-        name: curve(loss, configuration, read, device)
-        for name, loss in (("stock", stock), ("xhead", xhead_loss(engine="triton")))
-    }
+def compare(device: torch.device, *, smoke: bool) -> dict[str, Any]:
+    """Both curves, and how far apart they are at most. smoke: two steps on no text at all"""
+    configuration = CONFIGURATION
+    if smoke:
+        configuration = replace(configuration, width=16, steps=2, batch=2, length=8)
+        text = Text(torch.arange(2000) % 300, torch.arange(60) % 300, 300)
+    else:
+        text = read_text(None, configuration.classes)
+    losses = {"stock": stock, "xhead": xhead_loss(engine="triton")}
+    curves = {name: curve(loss, configuration, text, device) for name, loss in losses.items()}
     pairs = zip(curves["stock"], curves["xhead"], strict=True)
     return {"configuration": vars(configuration), **curves, "apart": max(abs(a[1] - b[1]) for a, b in pairs)}

@@ -77,5 +77,6 @@ def test_slices_hold_what_is_stated(dtype, monkeypatch):
 def test_limits_at_the_size_of_a_model(major, capped):
     blocks = operands.kernels("blocks").blocks_of(torch.bfloat16, major, capped=capped)
     for share in SHARES:
-        assert sparse_bytes(*GEMMA, blocks, torch.bfloat16, share=share) <= 64e6
+        # With the order of the classes that is remembered.
+        assert sparse_bytes(*GEMMA, blocks, torch.bfloat16, share=share) + 8 * GEMMA[1] <= 64e6
     assert dense_bytes(*GEMMA, blocks, torch.bfloat16) <= 512e6

@@ -24,7 +24,7 @@ DENSE_SHARE = 0.5
 """The share of active tiles above which every tile is multiplied out.
 
 To be set by `benchmarks.gpu`. By arithmetic, a share f costs 6 f N V D operations in kernels that are expected to run
-at three quarters of the speed of torch's GEMMs, and about 4 V D^2 for what is skipped; the dense path costs 6 N V D.
+at three quarters of the speed of torch's GEMMs, and about 3 V D^2 for what is skipped; the dense path costs 6 N V D.
 """
 
 FUSED_FORWARD = True

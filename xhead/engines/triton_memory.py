@@ -1,7 +1,7 @@
 """What the Triton engine holds beside its inputs and the gradients that it returns, by the shapes of a call.
 
 In bytes, at the moment when most is held, for a cross-entropy of all rows with both gradients; a few numbers a row or a
-block are not counted. Rows that are ignored add a copy of those that are not, and of their gradient; statistics with a
+block are not counted, nor what the order of the classes remembers from call to call (8 bytes a class). Rows that are ignored add a copy of those that are not, and of their gradient; statistics with a
 closed form of their own beside `lse` and `target` (a mean, for label smoothing) keep the gradient of the hidden states
 in float32 until it is whole.
 """
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-LIMIT = 63_000_000
+LIMIT = 61_000_000
 """What the filtered backward keeps to, where rows and classes are not so many that its record alone takes as much."""
 
 PRODUCTS_BYTES = 240 << 20  # of a slice's float32 products; the residual takes half as much in half precision
 SLICE_ROWS = 1 << 15  # met at a time, so that a slice stays wide enough for a full-speed GEMM
 MASS_ROWS, MASS_TILES = 256, 128  # whose masses are held at a time; rows: a multiple of a block's
 _ALIGNMENT = 64  # classes; a row of a slice starts where a GEMM can load it whole words at a time
-_LEAST, _MOST = 1 << 23, 1 << 26  # bytes of residual tiles held at a time
+_ENOUGH, _LEAST, _MOST = 6 << 20, 1 << 24, 1 << 26  # bytes of residual tiles held at a time
 
 
 def slice_shape(rows: int, classes: int) -> tuple[int, int]:
@@ -28,9 +28,9 @@ def slice_shape(rows: int, classes: int) -> tuple[int, int]:
 
 
 def residual_bytes(rows: int, classes: int, size: int, blocks: Any, dtype: torch.dtype) -> int:
-    """Of residual tiles held at a time: what the rest leaves of the limit."""
+    """Of residual tiles held at a time: what the rest leaves of the limit, which is given up where that is too little."""
     rest = _kept(rows, classes, blocks) + _beside(rows, size, dtype) + _lists(rows, classes, blocks, 0.5)
-    return min(max(LIMIT - rest, _LEAST), _MOST)
+    return min(LIMIT - rest, _MOST) if LIMIT - rest >= _ENOUGH else _LEAST
 
 
 def dense_bytes(rows: int, classes: int, size: int, blocks: Any, dtype: torch.dtype, *, recorded: bool = True) -> int:
