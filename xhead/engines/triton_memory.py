@@ -1,9 +1,9 @@
 """What the Triton engine holds beside its inputs and the gradients that it returns, by the shapes of a call.
 
 In bytes, at the moment when most is held, for a cross-entropy of all rows with both gradients; a few numbers a row or a
-block are not counted, nor what the order of the classes remembers from call to call (8 bytes a class). Rows that are ignored add a copy of those that are not, and of their gradient; statistics with a
-closed form of their own beside `lse` and `target` (a mean, for label smoothing) keep the gradient of the hidden states
-in float32 until it is whole.
+block are not counted, nor what the order of the classes remembers from call to call (8 bytes a class). Rows that are
+ignored add a copy of those that are not, and of their gradient; statistics with a closed form of their own beside `lse`
+and `target` (a mean, for label smoothing) keep the gradient of the hidden states in float32 until it is whole.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def slice_shape(rows: int, classes: int) -> tuple[int, int]:
 
 
 def residual_bytes(rows: int, classes: int, size: int, blocks: Any, dtype: torch.dtype) -> int:
-    """Of residual tiles held at a time: what the rest leaves of the limit, which is given up where that is too little."""
+    """Of residual tiles held at a time: what the rest leaves of the limit, or more where that is too little."""
     rest = _kept(rows, classes, blocks) + _beside(rows, size, dtype) + _lists(rows, classes, blocks, 0.5)
     return min(LIMIT - rest, _MOST) if LIMIT - rest >= _ENOUGH else _LEAST
 
