@@ -220,14 +220,13 @@ def test_few_active_tiles_are_visited_alone(monkeypatch):
 
 
 @pytest.mark.usefixtures("filter_always")
-@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1e-6), (torch.bfloat16, 1.5e-3)])
-def test_few_tiles_at_a_time_give_the_same(dtype, slack, monkeypatch):
-    """In half precision too, where sums kept in it would be off by more than its last rounding."""
-    inputs = like_a_language(dtype)
+def test_few_tiles_at_a_time_give_the_same(monkeypatch):
+    """But for the last rounding of a few numbers: sums in half precision would be off by more."""
+    inputs = like_a_language(torch.bfloat16)
     at_once = gradients(inputs, filter_eps=2**-8)
     monkeypatch.setattr(active_tiles, "residual_bytes", lambda *_: 1)
     a_few = gradients(inputs, filter_eps=2**-8)
-    assert all(relative_error(one, other) < slack for one, other in zip(a_few, at_once, strict=True))
+    assert all(relative_error(one, other) < 1.5e-3 for one, other in zip(a_few, at_once, strict=True))
 
 
 @pytest.mark.usefixtures("filter_always")
