@@ -75,9 +75,10 @@ GROUPS: dict[str, tuple[Candidate, ...]] = {
     "xhead": (
         _xhead("xhead"),
         _xhead("xhead, filter off", filter_eps=None),
-        _xhead("xhead, filter 2^-9", filter_eps=2.0**-9),
-        # What the engine's constants are set by.
-        _xhead("xhead, filter never aside", {"DENSE_SHARE": 1.0}),
+        # What the engine's constants are set by, and filters that drop what they skip to compare errors with.
+        _xhead("xhead, all active tiles", {"DENSE_SHARE": 1.0}),
+        *(_xhead(f"xhead, all active tiles, 2^-{n}", {"DENSE_SHARE": 1.0}, filter_eps=2.0**-n) for n in (10, 8)),
+        _xhead("xhead, dropped", {"DENSE_SHARE": 1.0}, compensate=False),
         _xhead("xhead, filter off, forward in slices", {"FUSED_FORWARD": False}, filter_eps=None),
     ),
     "cut_cross_entropy": (

@@ -16,7 +16,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xhead_kernels import products, residual, row_statistics, slice_residual, slice_statistics
+from xhead_kernels import (
+    products,
+    residual,
+    row_statistics,
+    slice_residual,
+    slice_statistics,
+    sums,
+    tile_means,
+    tile_record,
+)
 from xhead_kernels.blocks import Blocks, blocks_of
 
 # Bytes that a block of threads may have; 8.6, 8.9 and 12.x, which get the blocks of 8.0, have the least.
@@ -43,8 +52,25 @@ def kernels(blocks: Blocks, *, capped: bool) -> dict:
         )
     if not capped:
         made["hidden_grad"] = (products._hidden_grad_kernel, product)
-        made["weight_grad"] = (products._weight_grad_kernel, {"HAS_BIAS": False, "ADD": True} | product)
+        made["weight_grad"] = (products._weight_grad_kernel, {"HAS_BIAS": False} | product)
+        moment = {"WIDTH": blocks.classes, "BLOCK_D": 2 * blocks.inner, "INNER": blocks.inner}
+        made["second_moment"] = (tile_means._moment_kernel, moment)
+        classes = {"BLOCK_N": blocks.classes, "BLOCK_V": 2 * blocks.inner, "BLOCK_D": blocks.inner}
+        made["weight_grad of means"] = (tile_means._class_kernel, classes)
     return {f"{name}, capped" if capped else name: kernel for name, kernel in made.items()}
+
+
+def small_kernels(blocks: Blocks) -> dict:
+    """Those of the filtered backward that multiply no matrices: kernel, constants and warps."""
+    group = tile_record._LAUNCH | {"BLOCK_N": blocks.rows}
+    found = {
+        "block_means": (tile_means._mean_kernel, tile_means._MEAN | {"BLOCK_V": blocks.classes}),
+        "hidden_grad of means": (tile_means._hidden_kernel, tile_means._TILT),
+        "read_record": (tile_record._read_kernel, group | {"BLOCK_V": blocks.classes}),
+        "skipped_mass": (tile_record._mass_kernel, group),
+        "finish": (sums._finish_kernel, sums._LAUNCH),
+    }
+    return {name: (kernel, constants, constants["num_warps"]) for name, (kernel, constants) in found.items()}
 
 
 def slice_kernels() -> dict:
@@ -67,15 +93,21 @@ def slice_kernels() -> dict:
 TYPES = {
     "target": "*i64", "argmax_out": "*i64", "row_start": "*i64", "class_start": "*i64", "row_block_of": "*i32",
     "class_block_of": "*i32", "row_tile": "*i32", "hidden": "*bf16", "weight": "*bf16", "bias": "*bf16",
-    "residual": "*bf16", "out": "*bf16", "weight_grad": "*bf16", "tile_peak_out": "*fp16", "scale": "fp32",
+    "residual": "*bf16", "out": "*bf16", "weight_grad": "*bf16", "record_out": "*i16", "scale": "fp32",
+    "record": "*i16", "upper": "*i16", "lower": "*u8", "active": "*i8", "active_out": "*i8", "mean": "*bf16",
+    "matrix": "*bf16", "direction": "*bf16", "bound": "fp32", "limit": "fp32",
+    "mass_unit": "fp32",
     "order": "*i32", "softcap": "fp32", "gamma": "fp32", "margin": "fp32", "row_offsets": "*i64", "columns": "*i64",
 }  # fmt: skip
 NUMBERS = {
     "rows", "classes", "size", "hidden_stride", "weight_stride", "grad_stride", "tiles", "tiles_per_split",
-    "first_block", "first_class", "products_stride", "target_stride", "out_stride",
+    "first_block", "first_class", "products_stride", "target_stride", "out_stride", "first_tile", "last_tile",
+    "first_row", "last_row", "first_group", "count", "stride",
 }  # fmt: skip
 # Multiples of 16 in any model worth the speed.
-ALIGNED = {"size", "hidden_stride", "weight_stride", "grad_stride", "first_class", "products_stride", "out_stride"}
+ALIGNED = {
+    "size", "hidden_stride", "weight_stride", "grad_stride", "first_class", "products_stride", "out_stride", "stride",
+}  # fmt: skip
 
 
 def compiled(kernel, constants: dict, architecture: int, **options: int):
@@ -109,13 +141,23 @@ def spilled(cubin: bytes) -> int:
     return int(found[1]) + int(found[2])
 
 
+def narrow_strides(code: str) -> list[str]:
+    """Strides that something is done with before they are 64 bits wide, by the first form that the compiler makes.
+
+    There, each use is a line of its own: `%a = arith.extsi %weight_stride : i32 to i64`.
+    """
+    strides = set(re.findall(r"%(\w*stride): i32", code))
+    used = re.findall(r"^ +%\S+ = ([\w.]+) .*%(\w*stride)\b", code, re.MULTILINE)
+    return sorted({name for operation, name in used if name in strides and operation != "arith.extsi"})
+
+
 def records(architecture: int):
     """What the compiler made of each kernel, for the blocks that the architecture gets."""
     work = {}
     for capped in (False, True):
         blocks = blocks_of(torch.bfloat16, architecture // 10, capped=capped)
         work |= {name: (*each, blocks.warps, True) for name, each in kernels(blocks, capped=capped).items()}
-    work |= {name: (*each, False) for name, each in slice_kernels().items()}
+    work |= {name: (*each, False) for name, each in (small_kernels(blocks) | slice_kernels()).items()}
     for name, (kernel, constants, warps, multiplies) in work.items():
         made = compiled(kernel, constants, architecture, num_warps=warps, num_stages=blocks.stages)
         yield {
@@ -124,6 +166,7 @@ def records(architecture: int):
             "tensor_core": TENSOR_CORE[architecture] in made.asm["ptx"] or not multiplies,
             "asynchronous_copies": made.asm["ptx"].count("cp.async"),
             "described_copies": made.asm["ptx"].count("cp.async.bulk.tensor"),
+            "narrow_strides": narrow_strides(made.asm["ttir"]),
             "specialised": bool(constants.get("SPECIALISED")),
             "specialised_warps": "ttg.warp_specialize" in made.asm["ttgir"],
             "spilled": spilled(made.asm["cubin"]),

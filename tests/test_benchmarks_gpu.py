@@ -1,11 +1,13 @@
 """`python -m benchmarks.gpu` on tiny shapes: every loss that is installed is measured, and the others say why not."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_losses, inputs
+from benchmarks import gpu, gpu_losses, gpu_verdicts, inputs
 from xhead.engines import triton as engine
 
 pytest.importorskip("triton")
@@ -25,7 +27,7 @@ def test_smoke(tmp_path, capsys):
     for case in record["cases"]:
         found = {result["name"]: result for result in case["results"]}
         reference = found[gpu_losses.STOCK]
-        for name in ("xhead", "xhead, filter off", "xhead, filter never aside", "xhead, filter off, forward in slices"):
+        for name in ("xhead", "xhead, filter off", "xhead, all active tiles", "xhead, filter off, forward in slices"):
             assert found[name]["both"] > 0
             assert found[name]["loss"] == pytest.approx(reference["loss"], rel=0.02)
             assert found[name]["hidden_error"] < 0.02
@@ -33,8 +35,12 @@ def test_smoke(tmp_path, capsys):
         assert "active_share" not in found["xhead, filter off"]
         assert 0 < found["xhead"]["active_share"] <= 1
     printed = capsys.readouterr().out
-    assert "xhead, filter never aside" in printed
+    assert "xhead, all active tiles" in printed
     assert "active tiles" in printed
+    assert [len(record["training"][name]) for name in ("stock", "xhead")] == [2, 2]
+    assert record["training"]["apart"] < 0.01
+    assert {goal["met"] for goal in record["goals"] if goal["what"].startswith("gemma")} == {None}
+    assert "xhead/engines/triton.py should have DENSE_SHARE = " in printed
 
 
 def test_what_is_not_there_or_fails_is_said(monkeypatch):
@@ -79,6 +85,97 @@ def test_the_truth_is_that_of_autograd():
     torch.nn.functional.cross_entropy(hidden @ weight.T, made.target).backward()
     torch.testing.assert_close(truth.hidden_grad, hidden.grad[truth.row], rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(truth.weight_grad, weight.grad[truth.classes], rtol=1e-5, atol=1e-9)
+
+
+def result(name, both, share=None, error=0.01, **others):
+    record = {"name": name, "both": both, "hidden_error": error, "weight_error": error} | others
+    return record if share is None else record | {"active_share": share}
+
+
+def test_goals_and_constants_follow_from_what_was_measured():
+    """Of made-up times: 10 ms and 100 ms a share of tiles, dense 40 ms, so that both take as long at 30 %."""
+    results = [
+        result(gpu_losses.STOCK, 0.1, error=0.02),
+        result("xhead", 0.02, 0.1),
+        result("xhead, all active tiles", 0.05, 0.4, error=0.001, beyond_gradients=60e6),
+        result("xhead, all active tiles, 2^-8", 0.02, 0.1, error=0.009, beyond_gradients=62e6),
+        result("xhead, dropped", 0.045, 0.4, error=0.03),
+        result("xhead, filter off", 0.04, forward=0.014, beyond_gradients=600e6),
+        result("xhead, filter off, forward in slices", 0.045, forward=0.016),
+        result("cut_cross_entropy", 0.02, error=0.024),
+        result("Liger fused linear", 0.01),
+        {"name": "QuACK chunked linear", "why": "not installed"},
+    ]
+    cases = [{"case": name, "kind": "made up", "results": results} for name in ("gemma", "qwen")]
+    record = {"cases": [*cases, {"case": "llama2", "kind": "made up", "why": "out of memory"}]}
+    assert gpu_verdicts.suggested(record) == {"DENSE_SHARE": 0.3, "FUSED_FORWARD": True}
+    goals = {goal["what"]: goal for goal in gpu_verdicts.goals(record)}
+    assert goals["gemma, both, 20% of the tiles"]["measured"] == pytest.approx(0.03)
+    assert goals["gemma, both, 10% of the tiles"]["met"]
+    assert goals["gemma, both, dense"]["met"]
+    assert goals["gemma, forward, dense"]["met"]
+    assert goals["gemma, beyond_gradients, 20% of the tiles"]["met"]
+    assert not goals["gemma, beyond_gradients, dense"]["met"]
+    assert goals["llama3, both, dense"]["met"] is None
+    assert goals["qwen, made up, faster than cut_cross_entropy"]["met"]
+    assert not goals["qwen, made up, faster than Liger fused linear"]["met"]
+    assert goals["gemma, made up, hidden_error, filter off"]["met"]
+    assert goals["gemma, made up, hidden_error, xhead, all active tiles"]["met"]
+    assert not goals["gemma, made up, hidden_error, xhead, all active tiles, 2^-8"]["met"]
+    record |= {"goals": list(goals.values()), "suggested": gpu_verdicts.suggested(record)}
+    printed = "\n".join(gpu_verdicts.lines(record))
+    assert "MISSED: gemma, beyond_gradients, dense: 6e+08, limit 5.12e+08" in printed
+    assert "not measured: llama3, both, dense: -" in printed
+    assert "DENSE_SHARE = 0.3, FUSED_FORWARD = True" in printed
+
+
+def test_nothing_measured_suggests_nothing():
+    record = {"cases": []}
+    assert gpu_verdicts.suggested(record) == {"DENSE_SHARE": None, "FUSED_FORWARD": None}
+    assert {goal["met"] for goal in gpu_verdicts.goals(record)} == {None}
+
+
+def test_the_shapes_and_kinds_that_are_measured():
+    shapes = {name: tuple(shape[:3]) for name, shape in gpu.CASES.items()}
+    assert shapes == {
+        "gemma": (8192, 256000, 2304),
+        "llama3": (8192, 128256, 4096),
+        "qwen": (4096, 151936, 896),
+        "llama2": (16384, 32000, 4096),
+    }
+    assert len(gpu.kinds(gpu.CASES["gemma"])) == 3
+    assert {goal.case for goal in gpu_verdicts.GOALS} | set(gpu_verdicts.AHEAD) <= set(shapes)
+    assert gpu.parse_arguments([]).budget_seconds + 40 <= 9 * 60
+    files = gpu.parse_arguments([]).tests
+    assert sorted(files) == sorted(f"tests/{path.name}" for path in (gpu.ROOT / "tests").glob("test_triton*.py"))
+
+
+def test_other_packages_are_called_with_their_own_signatures(monkeypatch):
+    """Each is a function of hidden states, weight and target, in the order that its package has."""
+    calls = {}
+
+    def module(name, function, order):
+        def loss(*arguments, **options):
+            calls[function] = options
+            hidden, weight, target = (arguments[place] for place in order)
+            return torch.nn.functional.cross_entropy(hidden @ weight.T, target)
+
+        fake = types.ModuleType(name)
+        setattr(fake, function, loss)
+        monkeypatch.setitem(sys.modules, name, fake)
+
+    module("cut_cross_entropy", "linear_cross_entropy", (0, 1, 2))
+    module("liger_kernel", "_", (0, 1, 2))
+    module("liger_kernel.transformers", "_", (0, 1, 2))
+    module("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", (0, 1, 2))
+    module("quack", "_", (0, 1, 2))
+    module("quack.linear_cross_entropy", "chunked_linear_cross_entropy", (0, 1, 2))
+    hidden, weight, target = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, target)
+    for group in ("cut_cross_entropy", "liger", "quack"):
+        for candidate in gpu_losses.GROUPS[group]:
+            torch.testing.assert_close(candidate.make()(hidden, weight, target), expected)
+    assert calls["linear_cross_entropy"] == {"filter_eps": None}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

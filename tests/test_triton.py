@@ -105,6 +105,31 @@ def test_ignored_rows_and_frozen_sides():
 
 
 @pytest.mark.usefixtures("filter_always")
+def test_ignored_rows_beside_the_filter():
+    hidden, weight, _, target = like_a_language()
+    mask = torch.arange(target.shape[0], device=DEVICE) % 3 > 0
+    mine = gradients((hidden, weight, None, target), filter_eps=2**-6, row_mask=mask)
+    rows = hidden[mask].detach().requires_grad_()
+    alone = gradients((rows, weight, None, target[mask]), torch.full((int(mask.sum()),), 1 / 140), filter_eps=2**-6)
+    assert relative_error(mine[0][mask], alone[0]) < 1e-6
+    assert relative_error(mine[1], alone[1]) < 1e-6
+    assert torch.all(mine[0][~mask] == 0)
+
+
+@pytest.mark.usefixtures("filter_always")
+def test_a_class_that_is_ruled_out_beside_the_filter():
+    hidden, weight, _, target = like_a_language()
+    bias = torch.zeros(weight.shape[0], device=DEVICE)
+    bias[1000:1200] = float("-inf")
+    bias.requires_grad_()
+    keep = (target < 1000) | (target >= 1200)
+    inputs = (hidden[keep].detach().requires_grad_(), weight, bias, target[keep])
+    mine = gradients(inputs, filter_eps=2**-6)
+    true = gradients(doubled(inputs), engine="reference", filter_eps=None)
+    assert all(relative_error(one, exact) < 0.1 for one, exact in zip(mine, true, strict=True))
+
+
+@pytest.mark.usefixtures("filter_always")
 @pytest.mark.parametrize("eps", [None, 2**-7])
 def test_a_bias_alone_trains(eps):
     hidden, weight, bias, target = make(rows=70, bias=True)
@@ -196,11 +221,12 @@ def test_few_active_tiles_are_visited_alone(monkeypatch):
 
 @pytest.mark.usefixtures("filter_always")
 def test_few_tiles_at_a_time_give_the_same(monkeypatch):
-    inputs = like_a_language()
+    """But for the last rounding of a few numbers: sums in half precision would be off by more."""
+    inputs = like_a_language(torch.bfloat16)
     at_once = gradients(inputs, filter_eps=2**-8)
-    monkeypatch.setattr(active_tiles, "_RESIDUAL_BYTES", 1)
+    monkeypatch.setattr(active_tiles, "residual_bytes", lambda *_: 1)
     a_few = gradients(inputs, filter_eps=2**-8)
-    assert all(relative_error(one, other) < 1e-6 for one, other in zip(a_few, at_once, strict=True))
+    assert all(relative_error(one, other) < 1.5e-3 for one, other in zip(a_few, at_once, strict=True))
 
 
 @pytest.mark.usefixtures("filter_always")
@@ -231,10 +257,11 @@ def test_kernels_compile_for_gpus_that_are_not_here():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(records) == 34
+    assert len(records) == 55
     for record in records:
         assert record["tensor_core"] and record["fits"], record
         assert record["spilled"] == 0, record
+        assert not record["narrow_strides"], record
         if "described" in record["kernel"]:
             assert record["described_copies"] > 0, record
             assert record["specialised_warps"] == record["specialised"], record

@@ -12,8 +12,8 @@ from tests.statistic_case import CLOSED, NAMES, Case, check
 from tests.test_triton import DEVICE, SLACK
 from tests.tiny import assert_same_gradients, tokens, twins
 from xhead import engines
-from xhead.engines import slices
 from xhead.engines import triton as engine
+from xhead.engines import triton_memory
 from xhead.engines.problem import Problem
 from xhead.statistics import row_statistics
 
@@ -29,8 +29,8 @@ def case(rows=11, classes=301, dtype=FLOAT, **options):
 @pytest.fixture
 def narrow(monkeypatch):
     """Slices of 64 classes, seven rows at a time."""
-    monkeypatch.setattr(slices, "_PRODUCTS_BYTES", 1)
-    monkeypatch.setattr(slices, "_ROWS", 7)
+    monkeypatch.setattr(triton_memory, "PRODUCTS_BYTES", 1)
+    monkeypatch.setattr(triton_memory, "SLICE_ROWS", 7)
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.7, "softcap": 5.0}], ids=["plain", "softcap"])

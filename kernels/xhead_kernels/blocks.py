@@ -19,14 +19,12 @@ class Blocks(NamedTuple):
 
     def launch(self, **options: Any) -> dict[str, Any]:
         """Keyword arguments of a kernel's launch: these sizes, and the options of the call, which come first."""
-        return {
-            "BLOCK_N": self.rows,
-            "BLOCK_V": self.classes,
-            "BLOCK_D": self.inner,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            **options,
-        }
+        sizes = {"BLOCK_N": self.rows, "BLOCK_V": self.classes, "BLOCK_D": self.inner}
+        return self.launch_of(**sizes | options)
+
+    def launch_of(self, **options: Any) -> dict[str, Any]:
+        """The same of a kernel whose sizes are given."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **options}
 
 
 def ceil_divide(count: int, size: int) -> int:

@@ -8,23 +8,27 @@ import triton.language as tl
 from torch import Tensor
 
 from xhead_kernels.blocks import Blocks, ceil_divide
+from xhead_kernels.sums import load_sum, store_sum, upper_of
 from xhead_kernels.tile import classes_at, multiply_add
 
 
-@triton.jit
+# What changes from call to call must not make another kernel of it.
+@triton.jit(do_not_specialize=["first_group", "first_tile"])
 def _hidden_grad_kernel(
     residual,  # (tiles, BLOCK_N, BLOCK_V)
     weight,
     order,  # (V,)
-    row_start,  # (row blocks + 1,)
-    row_tile,  # (tiles,) the tiles sorted by row block
-    class_block_of,  # (tiles,)
-    hidden_grad,  # (N, D) float32
+    row_start,  # (calls * row blocks + 1,) int64, into `row_tile`
+    row_tile,  # (tiles of all calls,) the tiles sorted by call and row block
+    class_block_of,  # (tiles of all calls,)
+    upper,  # (N, D), the sums
+    lower,  # (N, D)
+    first_group,  # of this call, in `row_start`
+    first_tile,  # of this call, which is the first in `residual`
     rows,
     classes,
     size,
     weight_stride,
-    grad_stride,
     factor,  # (1,)
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -35,10 +39,12 @@ def _hidden_grad_kernel(
     local_row, inner = tl.arange(0, BLOCK_N), tl.arange(0, INNER)
     row, feature = block * BLOCK_N + local_row, tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for entry in range(tl.load(row_start + block), tl.load(row_start + block + 1)):
+    group = row_start + first_group + block
+    first, last = tl.load(group), tl.load(group + 1)
+    for entry in range(first, last):
         tile = tl.load(row_tile + entry)
         first_class = tl.load(class_block_of + tile) * BLOCK_V
-        tile_rows = residual + tile.to(tl.int64) * BLOCK_N * BLOCK_V + local_row[:, None] * BLOCK_V
+        tile_rows = residual + (tile - first_tile).to(tl.int64) * BLOCK_N * BLOCK_V + local_row[:, None] * BLOCK_V
         for start in range(0, BLOCK_V, INNER):
             column = classes_at(order, first_class + start + inner, classes)
             left = tl.load(tile_rows + (start + inner)[None, :])
@@ -48,22 +54,23 @@ def _hidden_grad_kernel(
                 other=0.0,
             )
             total = multiply_add(left, right, total)
-    place = hidden_grad + row.to(tl.int64)[:, None] * grad_stride + feature[None, :]
-    inside = (row < rows)[:, None] & (feature < size)[None, :]
-    tl.store(place, tl.load(place, mask=inside, other=0.0) + total * tl.load(factor), mask=inside)
+    if first < last:
+        place = row.to(tl.int64)[:, None] * size + feature[None, :]
+        inside = (row < rows)[:, None] & (feature < size)[None, :]
+        total = load_sum(upper, lower, place, inside) + total * tl.load(factor)
+        store_sum(upper, lower, place, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "first_block"])
 def _weight_grad_kernel(
     residual,
     hidden,
     order,
-    class_start,  # (class blocks + 1,) int64, so that a tile's place does not overflow
-    row_block_of,  # (tiles,)
-    rest,  # (class blocks, D) float32, added to each class of the block
-    rest_bias,  # (class blocks,)
+    class_start,  # (class blocks + 1,) int64, into `row_block_of`
+    row_block_of,  # (tiles of all calls,)
     weight_grad,  # (V, D)
     bias_grad,  # (V,) float32
+    first_tile,
     first_block,
     rows,
     classes,
@@ -72,114 +79,111 @@ def _weight_grad_kernel(
     grad_stride,
     factor,
     HAS_BIAS: tl.constexpr,
-    ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    local_column, inner = tl.arange(0, BLOCK_V), tl.arange(0, INNER)
-    column = classes_at(order, (first_block + block) * BLOCK_V + local_column, classes)
-    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = weight_grad + column.to(tl.int64)[:, None] * grad_stride + feature[None, :]
-    inside = (column < classes)[:, None] & (feature < size)[None, :]
-    scale = tl.load(factor)
-    # What is there already starts the sum, rather than joining it at the end beside a full set of registers.
-    rest_row = (
-        tl.load(rest + (first_block + block).to(tl.int64) * size + feature, mask=feature < size, other=0.0) / scale
-    )
-    total = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32) + rest_row[None, :]
-    if ADD:
-        total += tl.load(place, mask=inside, other=0.0).to(tl.float32) / scale
-    column_total = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for tile in range(tl.load(class_start + block), tl.load(class_start + block + 1)):
-        first_row = tl.load(row_block_of + tile) * BLOCK_N
-        tile_start = residual + tile * (BLOCK_N * BLOCK_V)
-        for start in range(0, BLOCK_N, INNER):
-            row = first_row + start + inner
-            left = tl.load(tile_start + (start + inner)[:, None] * BLOCK_V + local_column[None, :])
-            right = tl.load(
-                hidden + row.to(tl.int64)[:, None] * hidden_stride + feature[None, :],
-                mask=(row < rows)[:, None] & (feature < size)[None, :],
-                other=0.0,
-            )
-            total = multiply_add(tl.trans(left), right, total)
-            if HAS_BIAS:
-                column_total += tl.sum(left.to(tl.float32), 0)
-    tl.store(place, total * scale, mask=inside)
-    if HAS_BIAS and tl.program_id(1) == 0:
-        column_total = column_total * scale + tl.load(rest_bias + first_block + block)
-        tl.store(bias_grad + column, column_total, mask=column < classes)
+    block = first_block + tl.program_id(0)
+    first, last = tl.load(class_start + block), tl.load(class_start + block + 1)
+    if first < last:
+        local_column, inner = tl.arange(0, BLOCK_V), tl.arange(0, INNER)
+        column = classes_at(order, block * BLOCK_V + local_column, classes)
+        feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        place = weight_grad + column.to(tl.int64)[:, None] * grad_stride + feature[None, :]
+        inside = (column < classes)[:, None] & (feature < size)[None, :]
+        scale = tl.load(factor)
+        # What is there already starts the sum, rather than joining it at the end beside a full set of registers.
+        total = tl.load(place, mask=inside, other=0.0).to(tl.float32) / scale
+        column_total = tl.zeros((BLOCK_V,), dtype=tl.float32)
+        for tile in range(first, last):
+            first_row = tl.load(row_block_of + tile) * BLOCK_N
+            tile_start = residual + (tile - first_tile) * (BLOCK_N * BLOCK_V)
+            for start in range(0, BLOCK_N, INNER):
+                row = first_row + start + inner
+                left = tl.load(tile_start + (start + inner)[:, None] * BLOCK_V + local_column[None, :])
+                right = tl.load(
+                    hidden + row.to(tl.int64)[:, None] * hidden_stride + feature[None, :],
+                    mask=(row < rows)[:, None] & (feature < size)[None, :],
+                    other=0.0,
+                )
+                total = multiply_add(tl.trans(left), right, total)
+                if HAS_BIAS:
+                    column_total += tl.sum(left.to(tl.float32), 0)
+        tl.store(place, total * scale, mask=inside)
+        if HAS_BIAS and tl.program_id(1) == 0:
+            known = tl.load(bias_grad + column, mask=column < classes, other=0.0)
+            tl.store(bias_grad + column, known + column_total * scale, mask=column < classes)
 
 
 def add_hidden_grad(
-    hidden_grad: Tensor,  # (N, D) float32
-    residual: Tensor,  # (tiles, rows of a block, classes of a block)
+    hidden_grad: Tensor,  # (N, D), the sums, as `sums` keeps them
+    lower: Tensor | None,  # (N, D)
+    residual: Tensor,  # (tiles, rows of a block, classes of a block), those from `first_tile` on
     weight: Tensor,  # (V, D)
     order: Tensor | None,  # (V,) int32
-    row_start: Tensor,  # (row blocks + 1,) int64
-    row_tile: Tensor,  # (tiles,) int32
-    class_block_of: Tensor,  # (tiles,) int32
+    row_start: Tensor,  # (calls * row blocks + 1,) int64
+    row_tile: Tensor,  # (tiles of all calls,) int32
+    class_block_of: Tensor,  # (tiles of all calls,) int32
     factor: Tensor,  # (1,) float32
+    call: int,
+    first_tile: int,
     blocks: Blocks,
 ) -> None:
     """`hidden_grad += factor * residual @ weight` over the tiles of each block of rows."""
     rows, size = hidden_grad.shape
-    width = 2 * blocks.inner
-    _hidden_grad_kernel[(ceil_divide(rows, blocks.rows), ceil_divide(size, width))](
+    width, row_blocks = 2 * blocks.inner, ceil_divide(rows, blocks.rows)
+    _hidden_grad_kernel[(row_blocks, ceil_divide(size, width))](
         residual,
         weight,
         order,
         row_start,
         row_tile,
         class_block_of,
-        hidden_grad,
+        upper_of(hidden_grad, half=lower is not None),
+        lower,
+        call * row_blocks,
+        first_tile,
         rows,
         weight.shape[0],
         size,
         weight.stride(0),
-        hidden_grad.stride(0),
         factor,
         **blocks.launch(BLOCK_D=width, INNER=min(blocks.inner, blocks.classes)),
     )
 
 
-def write_weight_grad(
+def add_weight_grad(
     weight_grad: Tensor,  # (V, D)
     bias_grad: Tensor | None,  # (V,) float32
-    residual: Tensor,  # (tiles, rows of a block, classes of a block), sorted by class block
+    residual: Tensor,  # (tiles, rows of a block, classes of a block), those from `first_tile` on
     hidden: Tensor,  # (N, D)
     order: Tensor | None,  # (V,) int32
-    class_start: Tensor,  # (class blocks of this call + 1,) int64
-    row_block_of: Tensor,  # (tiles,) int32
-    rest: Tensor,  # (class blocks, D) float32
-    rest_bias: Tensor,  # (class blocks,) float32
+    class_start: Tensor,  # (class blocks + 1,) int64
+    row_block_of: Tensor,  # (tiles of all calls,) int32, sorted by class block
     factor: Tensor,  # (1,) float32
-    first_block: int,
+    first_tile: int,
+    class_blocks: tuple[int, int],
     blocks: Blocks,
-    *,
-    add: bool,
 ) -> None:
-    """`factor * residual' @ hidden + rest` for the class blocks from `first_block` on; `add`: to what is there."""
+    """`weight_grad += factor * residual' @ hidden` for some class blocks; the bias gets the residual's column sums."""
     rows, size = hidden.shape
     width = 2 * blocks.inner
-    _weight_grad_kernel[(class_start.shape[0] - 1, ceil_divide(size, width))](
+    _weight_grad_kernel[(class_blocks[1] - class_blocks[0], ceil_divide(size, width))](
         residual,
         hidden,
         order,
         class_start,
         row_block_of,
-        rest,
-        rest_bias,
         weight_grad,
-        rest_bias if bias_grad is None else bias_grad,
-        first_block,
+        factor if bias_grad is None else bias_grad,
+        first_tile,
+        class_blocks[0],
         rows,
         weight_grad.shape[0],
         size,
         hidden.stride(0),
         weight_grad.stride(0),
         factor,
-        **blocks.launch(HAS_BIAS=bias_grad is not None, ADD=add, BLOCK_D=width, INNER=min(blocks.inner, blocks.rows)),
+        **blocks.launch(HAS_BIAS=bias_grad is not None, BLOCK_D=width, INNER=min(blocks.inner, blocks.rows)),
     )

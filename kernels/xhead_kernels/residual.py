@@ -1,6 +1,5 @@
 """Backward, first part: the residual of each active tile, from its logits formed again."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,7 +8,7 @@ from xhead_kernels.blocks import Blocks
 from xhead_kernels.tile import classes_at, finished, tile_products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def _residual_kernel(
     hidden,
     weight,
@@ -19,9 +18,10 @@ def _residual_kernel(
     lse,  # (N,)
     level,  # (N,)
     target_level,  # (N,)
-    row_block_of,  # (tiles,)
-    class_block_of,  # (tiles,)
+    row_block_of,  # (tiles of all calls,)
+    class_block_of,  # (tiles of all calls,)
     out,  # (tiles, BLOCK_N, BLOCK_V)
+    first_tile,
     rows,
     classes,
     size,
@@ -38,8 +38,8 @@ def _residual_kernel(
 ):
     tile = tl.program_id(0)
     local_row, local_column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
-    row = tl.load(row_block_of + tile) * BLOCK_N + local_row
-    column = classes_at(order, tl.load(class_block_of + tile) * BLOCK_V + local_column, classes)
+    row = tl.load(row_block_of + first_tile + tile) * BLOCK_N + local_row
+    column = classes_at(order, tl.load(class_block_of + first_tile + tile) * BLOCK_V + local_column, classes)
     products = tile_products(
         hidden, weight, row, column, rows, classes, size, hidden_stride, weight_stride, BLOCK_N, BLOCK_V, BLOCK_D
     )
@@ -60,7 +60,8 @@ def _residual_kernel(
     tl.store(out + place, residual)
 
 
-def residual_tiles(
+def write_residual_tiles(
+    out: Tensor,  # (tiles, blocks.rows, blocks.classes), of the dtype of hidden, written
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -69,42 +70,40 @@ def residual_tiles(
     lse: Tensor,  # (N,)
     level: Tensor,  # (N,)
     target_level: Tensor | None,  # (N,)
-    row_block_of: Tensor,  # (tiles,) int32
-    class_block_of: Tensor,  # (tiles,) int32
+    row_block_of: Tensor,  # (all tiles,) int32
+    class_block_of: Tensor,  # (all tiles,) int32
+    first_tile: int,
     blocks: Blocks,
     *,
     scale: float,
     softcap: float | None,
-) -> Tensor:
-    """`level p + target_level 1[k = target]`, times the cap's slope, for the tiles listed.
+) -> None:
+    """`level p + target_level 1[k = target]`, times the cap's slope, for the tiles listed from `first_tile` on.
 
-    (tiles, blocks.rows, blocks.classes) in the dtype of hidden, 0 outside the matrices. The levels are meant to be of
-    size 1, so that half precision holds them; `scale` is not multiplied in.
+    0 outside the matrices. The levels are meant to be of size 1, so that half precision holds them; `scale` is not
+    multiplied in.
     """
-    count = row_block_of.shape[0]
-    out = torch.empty(count, blocks.rows, blocks.classes, dtype=hidden.dtype, device=hidden.device)
-    if count:
-        _residual_kernel[(count,)](
-            hidden,
-            weight,
-            weight if bias is None else bias,
-            order,
-            lse if target is None else target,
-            lse,
-            level,
-            lse if target_level is None else target_level,
-            row_block_of,
-            class_block_of,
-            out,
-            hidden.shape[0],
-            weight.shape[0],
-            hidden.shape[1],
-            hidden.stride(0),
-            weight.stride(0),
-            scale,
-            1.0 if softcap is None else softcap,
-            **blocks.launch(
-                HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, HAS_TARGET=target_level is not None
-            ),
-        )
-    return out
+    if not out.shape[0]:
+        return
+    _residual_kernel[(out.shape[0],)](
+        hidden,
+        weight,
+        weight if bias is None else bias,
+        order,
+        lse if target is None else target,
+        lse,
+        level,
+        lse if target_level is None else target_level,
+        row_block_of,
+        class_block_of,
+        out,
+        first_tile,
+        hidden.shape[0],
+        weight.shape[0],
+        hidden.shape[1],
+        hidden.stride(0),
+        weight.stride(0),
+        scale,
+        1.0 if softcap is None else softcap,
+        **blocks.launch(HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, HAS_TARGET=target_level is not None),
+    )

@@ -8,6 +8,7 @@ from torch import Tensor
 from xhead_kernels.blocks import Blocks, ceil_divide
 from xhead_kernels.descriptors import describable, descriptor
 from xhead_kernels.tile import classes_at, described_products, finished, tile_products
+from xhead_kernels.tile_record import encoded
 
 
 @triton.jit
@@ -19,8 +20,8 @@ def _row_statistics_kernel(
     shift_out,  # (splits, N)
     total_out,  # (splits, N)
     argmax_out,  # (splits, N)
-    tile_lse_out,  # (tiles, N)
-    tile_peak_out,  # (tiles, N)
+    record_out,  # (tiles, N)
+    reference,  # (N,)
     rows,
     classes,
     size,
@@ -50,8 +51,8 @@ def _row_statistics_kernel(
         largest = tl.zeros((BLOCK_N,), dtype=tl.int64)
     first = split * tiles_per_split
     if RECORD:
-        tile_lse_out += first.to(tl.int64) * rows
-        tile_peak_out += first.to(tl.int64) * rows
+        record_out += first.to(tl.int64) * rows
+        row_reference = tl.load(reference + row, mask=row_inside, other=0.0)
     for tile in tl.range(first, tl.minimum(first + tiles_per_split, tiles), warp_specialize=SPECIALISED):
         column = classes_at(order, tile * BLOCK_V + tl.arange(0, BLOCK_V), classes)
         if DESCRIBED:
@@ -80,12 +81,8 @@ def _row_statistics_kernel(
         base = tl.where(peak == float("-inf"), 0.0, peak)
         tile_total = tl.sum(tl.exp(logits - base[:, None]), 1)
         if RECORD:
-            tile_lse = base + tl.log(tile_total)
-            tl.store(tile_lse_out + row, tile_lse, mask=row_inside)
-            # Rounded up, so that the test that it serves never skips what it should keep.
-            tl.store(tile_peak_out + row, peak - tile_lse + 1 / 256, mask=row_inside)
-            tile_lse_out += rows
-            tile_peak_out += rows
+            tl.store(record_out + row, encoded(peak, tile_total, row_reference, row, tile), mask=row_inside)
+            record_out += rows
         new_shift = tl.maximum(shift, peak)
         safe = tl.where(new_shift == float("-inf"), 0.0, new_shift)
         total = total * tl.exp(shift - safe) + tile_total * tl.exp(base - safe)
@@ -107,8 +104,8 @@ def row_statistics(
     scale: float,
     softcap: float | None,
     argmax: bool,
-    tile_lse: Tensor | None,  # (tiles, N) float32, written
-    tile_peak: Tensor | None,  # (tiles, N) float16, written: the tile's largest logit less its log-sum-exp
+    record: Tensor | None = None,  # (tiles, N) int16, written
+    reference: Tensor | None = None,  # (N,) float32, what the record is relative to
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`lse` (N,), `max` (N,) in float32 and `argmax` (N,) where asked for."""
     (rows, size), classes = hidden.shape, weight.shape[0]
@@ -127,8 +124,8 @@ def row_statistics(
         shift,
         total,
         shift if largest is None else largest,
-        shift if tile_lse is None else tile_lse,
-        shift if tile_peak is None else tile_peak,
+        shift if record is None else record,
+        shift if reference is None else reference,
         rows,
         classes,
         size,
@@ -142,7 +139,7 @@ def row_statistics(
             HAS_BIAS=bias is not None,
             HAS_CAP=softcap is not None,
             HAS_ARGMAX=argmax,
-            RECORD=tile_lse is not None,
+            RECORD=record is not None,
             DESCRIBED=described,
             SPECIALISED=described and blocks.specialised,
         ),

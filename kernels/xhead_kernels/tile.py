@@ -10,9 +10,11 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @triton.jit
 def multiply_add(left, right, total):
-    """`total + left @ right` with float32 sums; float32 is multiplied out in full."""
+    """`total + left @ right` with float32 sums, in right's dtype; float32 is multiplied out in full."""
     if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
+    else:
+        left = left.to(right.dtype)
     return tl.dot(left, right, total, input_precision="ieee")
 
 

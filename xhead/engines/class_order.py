@@ -21,7 +21,7 @@ from xhead.engines.problem import cap
 
 EVERY = 32  # calls between two looks, after the first few
 _SAMPLE = 1024  # rows
-_CLASSES = 4096  # met at a time
+_CLASSES = 2048  # met at a time
 _FORGET = 0.7  # of the logarithm of a peak, between two looks: it halves
 
 

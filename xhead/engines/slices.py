@@ -11,14 +11,11 @@ GEMM that sums over all rows in float32; the gradient of hidden is added up over
 import torch
 from torch import Tensor
 
+from xhead.engines import triton_memory
 from xhead.engines.gram import blocks
 from xhead.engines.matmul import multiply, multiply_add
 from xhead.engines.operands import Operands, kernels
 from xhead.engines.problem import Problem, Results
-
-_PRODUCTS_BYTES = 1 << 28  # of the float32 products held at a time; the residual takes another half in half precision
-_ROWS = 1 << 15  # met at a time, so that a slice stays wide enough for a full-speed GEMM
-_ALIGNMENT = 64  # classes; a row of a slice starts where a GEMM can load it whole words at a time
 
 
 class Slices:
@@ -26,11 +23,8 @@ class Slices:
 
     def __init__(self, problem: Problem, operands: Operands):
         self.problem, self.operands = problem, operands
-        rows = max(min(operands.rows.count, _ROWS), 1)
-        width = max(_PRODUCTS_BYTES // (4 * rows * _ALIGNMENT), 1) * _ALIGNMENT
-        self.width = min(width, -(-problem.vocabulary // _ALIGNMENT) * _ALIGNMENT)
-        device = problem.hidden.device
-        self.products = torch.empty(rows, self.width, dtype=torch.float32, device=device)
+        self.rows, self.width = triton_memory.slice_shape(operands.rows.count, problem.vocabulary)
+        self.products = torch.empty(self.rows, self.width, dtype=torch.float32, device=problem.hidden.device)
         self.values = None if problem.values is None else problem.values.float().contiguous()
         self.mean_weight = None if problem.mean_weight is None else problem.mean_weight.float().contiguous()
         self.row_offsets = self.columns = None
@@ -69,7 +63,7 @@ class Slices:
         if self.problem.softcap is not None and {"mean", "variance"}.intersection(names):
             names = (*names, "variance")
         pieces: list[Results] = []
-        for first, last in blocks(self.operands.rows.count, size=_ROWS):
+        for first, last in blocks(self.operands.rows.count, size=self.rows):
             partial: dict[str, list[Tensor]] = {}
             for start, stop in blocks(self.problem.vocabulary, size=self.width):
                 part = self._part(first, last, start, stop)
@@ -165,7 +159,7 @@ class Slices:
             grads = {name: grad / unit for name, grad in grads.items()}
         factors = self.factors(found, grads)
         out = self.products if dtype == torch.float32 else torch.empty_like(self.products, dtype=dtype)
-        row_blocks = list(blocks(operands.rows.count, size=_ROWS))
+        row_blocks = list(blocks(operands.rows.count, size=self.rows))
         at_once = len(row_blocks) == 1 and unit is None
         hidden_total = hidden_grad if unit is None or hidden_grad is None else torch.zeros_like(hidden_grad)
         for start, stop in blocks(self.problem.vocabulary, size=self.width):
@@ -186,7 +180,7 @@ class Slices:
                     column_sum = residual.sum(0, dtype=torch.float32)
                     bias_grad[start:stop] += column_sum if unit is None else column_sum * unit
             if weight_grad is not None and total is not None and not at_once:
-                weight_grad[start:stop] = total if unit is None else total * unit
+                weight_grad[start:stop] = total if unit is None else total.mul_(unit)
         if unit is not None and hidden_grad is not None and hidden_total is not None:
             hidden_grad.addcmul_(hidden_total, unit)
 

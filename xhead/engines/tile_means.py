@@ -12,17 +12,33 @@ where m_i = sum_b m_ib, c_b is block b's share of all that is skipped, G = sum_b
 and C = sum_i g_i m_i h_i h_i'. For hidden states, tilt_i gives the row the first moment that it would have if its
 logits were normal inside a block: then log(m_ib / |b|) + lse_i = obar_ib + s^2 / 2, with s^2 the variance, and the mean
 of the logit under p lies s^2 above obar_ib. So the forward need not record a moment. For the weight it is 1.
+
+G and C are (D, D), in half precision like the matrices that they are multiplied with: a correction needs no more
+digits. They, and the masses, are held one after the other and for some rows or blocks at a time.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xhead.engines.gram import blocks
-from xhead.engines.operands import Operands
+from xhead.engines.matmul import multiply
+from xhead.engines.operands import Operands, kernels
 from xhead.engines.problem import Problem
+from xhead.engines.row_sums import RowSums
+from xhead.engines.triton_memory import MASS_ROWS, MASS_TILES
 
-_ROWS, _CLASSES = 1024, 4096  # met at a time
 _TILT_LIMIT = 2.0
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Record(NamedTuple):
+    """What the forward left of each row and tile, and the classes as they lie in the tiles."""
+
+    codes: Tensor  # (class blocks, n) int16
+    reference: Tensor  # (n,)
+    order: Tensor  # (V,) int32
 
 
 class SkippedTiles:
@@ -32,126 +48,119 @@ class SkippedTiles:
         self,
         problem: Problem,
         operands: Operands,
+        record: Record,
         lse: Tensor,  # (n,)
         level: Tensor,  # (n,) upstream gradient
-        tile_lse: Tensor,  # (class blocks, n)
         active: Tensor,  # (row blocks, class blocks) bool
-        order: Tensor,  # (V,) int32, the classes as they lie in the tiles
+        block_mass: Tensor,  # (class blocks,), what they hold where they are skipped
+        row_mass: Tensor,  # (n,)
+        row_moment: Tensor,  # (n,), `sum_b m_ib (log(m_ib / |b|) + lse_i)`
     ):
-        self.problem, self.operands, self.lse, self.level = problem, operands, lse, level
-        self.tile_lse, self.active, self.order = tile_lse, active, order.long()
-        self.height, self.width = operands.blocks.rows, operands.blocks.classes
-        self.mean = self._block_means(operands.weight)
-        bias = operands.bias
-        self.mean_bias = None if bias is None else self._block_means(bias[:, None])[:, 0]
-        self.sizes = torch.full_like(self.mean[:, 0], self.width)
-        self.sizes[-1] = problem.vocabulary - self.width * (self.mean.shape[0] - 1)
+        self.problem, self.operands, self.record, self.active = problem, operands, record, active
+        self.lse, self.level, self.row_mass, self.row_moment = lse, level, row_mass, row_moment
+        width, count = operands.blocks.classes, block_mass.shape[0]
+        self.mean = kernels("tile_means").block_means(operands.weight, record.order, operands.blocks)
+        self.sizes = torch.full_like(block_mass, width)
+        self.sizes[-1] = problem.vocabulary - width * (count - 1)
+        self.share = block_mass / block_mass.sum().clamp(min=_TINY) / self.sizes
         # With a cap, logits are not linear in the hidden state, and have no tilt of this form.
         self.tilted = problem.softcap is None
+        # Masses are small numbers, and those of float16 end at 2^-24.
+        self.unit = 4096.0 if operands.hidden.dtype == torch.float16 else 1.0
 
-    def _block_means(self, rows: Tensor) -> Tensor:
-        """Mean of each block of rows in float32. rows: (V, D) -> (class blocks, D)"""
-        means = []
-        for start, stop in blocks(rows.shape[0], size=max(_CLASSES // self.width, 1) * self.width):
-            part = rows[self.order[start:stop]]
-            full = part.shape[0] // self.width * self.width
-            means.append(part[:full].view(-1, self.width, part.shape[1]).mean(1, dtype=torch.float32))
-            if full < part.shape[0]:
-                means.append(part[full:].mean(0, keepdim=True, dtype=torch.float32))
-        return torch.cat(means)
+    def _mass(self, out: Tensor, rows: tuple[int, int], tiles: tuple[int, int], level: Tensor | None = None) -> Tensor:
+        """Masses in the unit, times the level, in the dtype of out: (rows, tiles), in the memory of out."""
+        shape = rows[1] - rows[0], tiles[1] - tiles[0]
+        out = out.view(-1)[: shape[0] * shape[1]].view(shape)
+        kernels("tile_record").skipped_mass(
+            out, self.record.codes, self.record.reference, self.lse, self.active, level, self.operands.blocks,
+            rows=rows, tiles=tiles, unit=self.unit,
+        )  # fmt: skip
+        return out
 
-    def _mass(self, first: int, last: int) -> Tensor:
-        """m_ib of rows first to last: (last - first, class blocks)."""
-        row = torch.arange(first, last, device=self.lse.device)
-        mass = (self.tile_lse[:, first:last].T - self.lse[first:last, None]).exp_()
-        return mass.masked_fill_(self.active[row // self.height], 0.0)
+    def write_hidden(self, sums: RowSums, factor: Tensor) -> None:
+        """Begin the hidden states' gradient. factor: (1,)"""
+        hidden, count, size = self.operands.hidden, *self.mean.shape
+        total, some = hidden.shape[0], min(MASS_ROWS, hidden.shape[0])
+        gram = with_bias = mean_bias = None
+        if self.tilted:
+            gram, with_bias, mean_bias = self._gram()
+        mass = hidden.new_empty(some, count)
+        of_means = torch.empty(some, size, dtype=torch.float32, device=hidden.device)
+        product = None if gram is None else torch.empty_like(of_means)
+        for first, last in blocks(total, size=some):
+            part, centre_bias = self._mass(mass, (first, last), (0, count)), None
+            multiply(part, self.mean, of_means[: last - first])
+            if self.unit != 1.0:
+                of_means /= self.unit
+            if gram is not None and product is not None:
+                multiply(hidden[first:last], gram, product[: last - first])
+            if mean_bias is not None:
+                centre_bias = (part.float() @ mean_bias).div_(self.unit)
+            kernels("tile_means").write_hidden_grad(
+                sums.result, sums.half, of_means, product, hidden, with_bias, centre_bias, self.row_mass,
+                self.row_moment, self.level, factor, (first, last), scale=self.problem.scale, limit=_TILT_LIMIT,
+            )  # fmt: skip
 
-    def add(
-        self,
-        hidden_grad: Tensor | None,  # (n, D) float32, added to
-        weight_grad: Tensor | None,  # (V, D), written
-        bias_grad: Tensor | None,  # (V,)
-        rest: Tensor,  # (class blocks, D) float32, written: what every class of a block gets
-        rest_bias: Tensor,  # (class blocks,)
-        factor: Tensor,  # (1,)
-    ) -> bool:
-        """Add the closed form; whether `weight_grad` was written."""
-        scale, size = self.problem.scale, self.mean.shape[1]
-        total_mass = torch.zeros_like(self.lse)
-        block_mass = torch.zeros_like(self.sizes)
-        moment = torch.zeros_like(self.lse)
-        covariance = rest.new_zeros(size, size) if self.tilted else None
-        for first, last in blocks(self.lse.shape[0], size=_ROWS):
-            rows, hidden = slice(first, last), self.operands.hidden[first:last].float()
-            mass = self._mass(first, last)
-            of_means = mass @ self.mean
-            total_mass[rows] = mass.sum(1)
-            block_mass += mass.sum(0)
-            if self.tilted:
-                moment[rows] = self._moment(mass, of_means, hidden, first, last)
-            if hidden_grad is not None:
-                hidden_grad[rows].addcmul_(of_means, (self.level[rows] * factor)[:, None])
-            graded = mass.mul_(self.level[rows, None])
-            rest.addmm_(graded.T, hidden)
-            rest_bias += graded.sum(0)
-            if covariance is not None and weight_grad is not None:
-                covariance.addmm_((hidden * (total_mass[rows] * self.level[rows])[:, None]).T, hidden)
-        rest.mul_((factor / self.sizes)[:, None])
-        rest_bias.mul_(factor / self.sizes)
-        if covariance is None:
-            return False
-        share = block_mass / block_mass.sum().clamp(min=torch.finfo(torch.float32).tiny) / self.sizes
-        if hidden_grad is not None:
-            self._tilt_hidden(hidden_grad, share, total_mass, moment, factor)
-        if weight_grad is None:
-            return False
-        coefficient = share * factor * scale
-        rest.addmm_(self.mean * coefficient[:, None], covariance, alpha=-1)
-        self._tilt_weight(weight_grad, covariance, coefficient)
-        return True
+    def _gram(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """G (D, D), `sum_b c_b / |b| sum_k (bias_k - mean bias_b)(w_k - wbar_b)` (D,), mean bias (class blocks,)."""
+        weight, order, width = self.operands.weight, self.record.order, self.operands.blocks.classes
+        largest = self.share.max().clamp(min=_TINY).reshape(1)
+        deviation = mean_bias = None
+        if self.operands.bias is not None:
+            deviation, mean_bias = self._bias(self.operands.bias)
+        gram = weight.new_empty(weight.shape[1], weight.shape[1])
+        share = (self.share / largest).repeat_interleave(width)[: order.shape[0]]
+        with_bias = kernels("tile_means").second_moment(
+            gram, weight, share, largest, self.operands.blocks, order=order, mean=self.mean, width=width,
+            deviation=deviation,
+        )  # fmt: skip
+        return gram, with_bias, mean_bias
 
-    def _moment(self, mass: Tensor, of_means: Tensor, hidden: Tensor, first: int, last: int) -> Tensor:
-        """`sum_b m_ib (E[o] - obar_ib)` a row, as if a block's logits were normal. mass: (n, class blocks)"""
-        centre = torch.linalg.vecdot(of_means, hidden)
-        if self.mean_bias is not None:
-            centre += mass @ self.mean_bias
-        # 0 * inf where a block is ruled out altogether.
-        log_mean = (self.tile_lse[:, first:last].T - self.sizes.log()).masked_fill(mass == 0, 0.0)
-        return 2 * (torch.linalg.vecdot(mass, log_mean) - centre * self.problem.scale).clamp_(min=0.0)
+    def _bias(self, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Distance from the block's mean (V,), as the classes lie, and that mean (class blocks,). bias: (V,)"""
+        bias = bias[self.record.order].float()
+        # A class that is ruled out has no part in the mean.
+        counts = bias.isfinite()
+        short = self.mean.shape[0] * self.operands.blocks.classes - bias.shape[0]
+        of_blocks = torch.nn.functional.pad(torch.where(counts, bias, 0.0), (0, short)).view(self.mean.shape[0], -1)
+        number = torch.nn.functional.pad(counts.float(), (0, short)).view_as(of_blocks).sum(1).clamp_(min=1.0)
+        mean = of_blocks.sum(1) / number
+        return torch.where(counts, (of_blocks - mean[:, None]).flatten()[: bias.shape[0]], 0.0), mean
 
-    def _tilt_hidden(self, hidden_grad: Tensor, share: Tensor, mass: Tensor, moment: Tensor, factor: Tensor) -> None:
-        gram, with_bias = self._gram(share)
-        scale = self.problem.scale
-        for first, last in blocks(self.lse.shape[0], size=_ROWS):
-            rows, hidden = slice(first, last), self.operands.hidden[first:last].float()
-            product = (hidden @ gram).add_(with_bias)
-            spread = torch.linalg.vecdot(product, hidden).mul_(scale**2).mul_(mass[rows])
-            # Where the skipped logits hardly vary there is no tilt to speak of, and the quotient is noise.
-            tilt = (moment[rows] / spread).nan_to_num_(0.0).clamp_(0.0, _TILT_LIMIT)
-            hidden_grad[rows].addcmul_(product, (tilt * mass[rows] * self.level[rows] * factor * scale)[:, None])
+    def write_weight(self, weight_grad: Tensor | None, bias_grad: Tensor | None, factor: Tensor) -> None:
+        """Begin the gradients of the classes. weight_grad: (V, D), bias_grad: (V,) float32, 0"""
+        hidden, width, count = self.operands.hidden, self.operands.blocks.classes, self.mean.shape[0]
+        direction = self._direction() if self.tilted and weight_grad is not None else None
+        coefficient = self.share * factor * self.problem.scale
+        rest_bias = torch.empty_like(self.share)
+        mass = hidden.new_empty(hidden.shape[0], min(MASS_TILES, count))
+        for first, last in blocks(count, size=MASS_TILES):
+            part = self._mass(mass, (0, hidden.shape[0]), (first, last), self.level)
+            each = factor / (self.sizes[first:last] * self.unit)
+            torch.mul(part.sum(0, dtype=torch.float32), each, out=rest_bias[first:last])
+            if weight_grad is None:
+                continue
+            rest = torch.empty(last - first, hidden.shape[1], dtype=torch.float32, device=hidden.device)
+            multiply(part.T, hidden, rest)
+            rest *= each[:, None]
+            if direction is not None:
+                turned = torch.empty_like(rest)
+                multiply(self.mean[first:last].to(direction.dtype), direction, turned)
+                rest.addcmul_(turned, coefficient[first:last, None], value=-1)
+            kernels("tile_means").write_weight_grad(
+                weight_grad, self.operands.weight, self.record.order, direction, coefficient, rest, first,
+                self.operands.blocks,
+            )  # fmt: skip
+        if bias_grad is not None:
+            bias_grad.index_add_(0, self.record.order, rest_bias.repeat_interleave(width)[: bias_grad.shape[0]])
 
-    def _gram(self, share: Tensor) -> tuple[Tensor, Tensor]:
-        """G (D, D), and `sum_b c_b / |b| sum_k (bias_k - mean bias_b)(w_k - wbar_b)` (D,). share: c_b / |b|"""
-        weight, size = self.operands.weight, self.mean.shape[1]
-        gram, with_bias = self.mean.new_zeros(size, size), self.mean.new_zeros(size)
-        for start, stop in blocks(weight.shape[0], size=_CLASSES):
-            block = torch.arange(start, stop, device=weight.device) // self.width
-            classes, root = self.order[start:stop], share[block].sqrt()
-            centred = (weight[classes].float() - self.mean[block]).mul_(root[:, None])
-            if self.operands.bias is not None and self.mean_bias is not None:
-                with_bias += ((self.operands.bias[classes].float() - self.mean_bias[block]) * root) @ centred
-            # At the speed of the weight's dtype: a correction needs no more digits.
-            centred = centred.to(weight.dtype)
-            gram += (centred.T @ centred).float()
-        return gram, with_bias
-
-    def _tilt_weight(self, weight_grad: Tensor, covariance: Tensor, coefficient: Tensor) -> None:
-        """weight_grad: (V, D), covariance: (D, D), coefficient: (class blocks,)"""
-        weight = self.operands.weight
-        largest = covariance.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        direction = (covariance / largest).to(weight.dtype)
-        for start, stop in blocks(weight.shape[0], size=_CLASSES):
-            block = torch.arange(start, stop, device=weight.device) // self.width
-            classes = self.order[start:stop]
-            product = (weight[classes] @ direction) * (coefficient * largest)[block][:, None]
-            weight_grad[classes] = product.to(weight_grad.dtype)
+    def _direction(self) -> Tensor:
+        """C (D, D), as bfloat16 in half precision: sums of squares leave float16's range."""
+        hidden = self.operands.hidden
+        level = self.level * self.row_mass
+        largest = level.abs().max().clamp(min=_TINY).reshape(1)
+        dtype = torch.float32 if hidden.dtype == torch.float32 else torch.bfloat16
+        out = torch.empty(hidden.shape[1], hidden.shape[1], dtype=dtype, device=hidden.device)
+        kernels("tile_means").second_moment(out, hidden, level / largest, largest, self.operands.blocks)
+        return out

@@ -1,10 +1,10 @@
 """Statistics by Triton kernels: a fused pass forward that also leaves what each tile holds, and two ways back.
 
-The forward of `lse`, `max`, `argmax` and the target writes, for each row and tile of classes, the log-sum-exp of the
-tile and its largest logit. Once the final log-sum-exp is known, that tells which tiles (a block of rows by a block of
-classes) hold an entry of at least the threshold. Where they are few, the backward visits no others (`active_tiles`);
-where they are many, where nothing is filtered, and for all other statistics, it goes through all classes a slice at a
-time (`slices`).
+The forward of `lse`, `max`, `argmax` and the target writes, for each row and tile of classes, the tile's largest logit
+and its log-sum-exp, in 16 bits together. Once the final log-sum-exp is known, that tells which tiles (a block of rows
+by a block of classes) hold an entry of at least the threshold. Where they are few, the backward visits no others
+(`active_tiles`); where they are many, where nothing is filtered, and for all other statistics, it goes through all
+classes a slice at a time (`slices`).
 """
 
 import importlib.util
@@ -16,13 +16,15 @@ from xhead.engines import class_order, gram
 from xhead.engines.active_tiles import ActiveTiles
 from xhead.engines.operands import Operands, blocks_for, kernels
 from xhead.engines.problem import Problem, Results
+from xhead.engines.row_sums import RowSums
 from xhead.engines.slices import Slices
+from xhead.engines.tile_means import Record
 
 DENSE_SHARE = 0.5
 """The share of active tiles above which every tile is multiplied out.
 
 To be set by `benchmarks.gpu`. By arithmetic, a share f costs 6 f N V D operations in kernels that are expected to run
-at three quarters of the speed of torch's GEMMs, and about 4 V D^2 for what is skipped; the dense path costs 6 N V D.
+at three quarters of the speed of torch's GEMMs, and about 3 V D^2 for what is skipped; the dense path costs 6 N V D.
 """
 
 FUSED_FORWARD = True
@@ -76,16 +78,15 @@ def _recorded(problem: Problem, save: bool) -> bool:
 
 
 def empty_state(problem: Problem, save: bool) -> list[Tensor]:
-    """The rows' log-sum-exp and mean logit, the closed forms' moments, the record of the tiles and their classes."""
+    """The rows' log-sum-exp and mean logit, the closed forms' moments, the record of the tiles and what it needs."""
     device, rows, recorded = problem.hidden.device, problem.rows, _recorded(problem, save)
-    across = -(-problem.vocabulary // blocks_for(problem).classes)
-    record = (across, rows) if recorded else (0, 0)
+    across = -(-problem.vocabulary // blocks_for(problem).classes) if recorded else 0
     return [
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
         *gram.empty_state(problem.having(problem.other_names), save),
-        torch.empty(record, dtype=torch.float32, device=device),
-        torch.empty(record, dtype=torch.float16, device=device),
+        torch.empty(across, rows, dtype=torch.int16, device=device),
+        torch.empty(rows if recorded else 0, dtype=torch.float32, device=device),
         torch.empty(problem.vocabulary if recorded else 0, dtype=torch.int32, device=device),
     ]
 
@@ -93,15 +94,17 @@ def empty_state(problem: Problem, save: bool) -> list[Tensor]:
 def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
     results, moments = gram.forward(problem.having(problem.other_names), save)
     streaming = problem.having(problem.streamed_names)
-    lse, uniform_mean, *_, tile_lse, tile_peak, order = empty_state(problem, save)
+    lse, uniform_mean, *_, codes, reference, order = empty_state(problem, save)
     operands = Operands(streaming)
     found: Results = {}
     if operands.rows.count == 0:
         found = _nothing(streaming)
     elif _fused(problem, save):
         record = None
-        if tile_lse.numel():
-            record = tile_lse, tile_peak, order.copy_(class_order.current(problem.vocabulary, order.device))
+        if codes.numel():
+            order.copy_(class_order.current(problem.vocabulary, order.device))
+            record = _record(codes, reference, order, operands.rows.count)
+            record.reference.copy_(_reference(operands, order))
         found = _fused_statistics(streaming, operands, record)
     else:
         found = Slices(streaming, operands).statistics()
@@ -113,19 +116,36 @@ def forward(problem: Problem, save: bool) -> tuple[Results, list[Tensor]]:
     # Outputs of one operator must not share memory, so what is both a result and a state is copied.
     lse.copy_(whole["lse"])
     uniform_mean.copy_(whole.get("uniform_mean", lse))
-    return results, [lse, uniform_mean, *moments, tile_lse, tile_peak, order]
+    return results, [lse, uniform_mean, *moments, codes, reference, order]
 
 
-def _fused_statistics(problem: Problem, operands: Operands, record: tuple[Tensor, Tensor, Tensor] | None) -> Results:
+def _record(codes: Tensor, reference: Tensor, order: Tensor, count: int) -> Record:
+    """The record of the rows that count. codes: (class blocks, N), reference: (N,)"""
+    across = codes.shape[0]
+    return Record(codes.view(-1)[: across * count].view(across, count), reference[:count], order)
+
+
+def _reference(operands: Operands, order: Tensor) -> Tensor:
+    """Log-sum-exp over as many classes as a tile has, the likeliest and others, so at most that over all: (n,)."""
+    half = operands.blocks.classes // 2
+    step = max(order.shape[0] // half, 1)
+    some = torch.cat([order[:half], order[half::step]])
+    bias = None if operands.bias is None else operands.bias[some]
+    return kernels("row_statistics").row_statistics(
+        operands.hidden, operands.weight[some], bias, None, operands.blocks, argmax=False, **operands.options
+    )[0]
+
+
+def _fused_statistics(problem: Problem, operands: Operands, record: Record | None) -> Results:
     lse, largest, argmax = kernels("row_statistics").row_statistics(
         operands.hidden,
         operands.weight,
         operands.bias,
-        None if record is None else record[2],
+        None if record is None else record.order,
         operands.blocks,
         argmax="argmax" in problem.names,
-        tile_lse=None if record is None else record[0],
-        tile_peak=None if record is None else record[1],
+        record=None if record is None else record.codes,
+        reference=None if record is None else record.reference,
         **operands.options,
     )
     if record is not None:
@@ -147,35 +167,39 @@ def _nothing(problem: Problem) -> Results:
 def backward(
     problem: Problem, results: Results, state: list[Tensor], grads: Results, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    lse, uniform_mean, *moments, tile_lse, tile_peak, order = state
+    lse, uniform_mean, *moments, codes, reference, order = state
     closed_grads = {name: grad for name, grad in grads.items() if name in problem.other_names}
     closed_form = gram.ClosedFormGradient(problem.having(problem.other_names), moments, closed_grads)
     streaming = problem.having(problem.streamed_names)
     operands = Operands(streaming)
     rows, device = operands.rows, problem.hidden.device
-    hidden_grad = torch.zeros(rows.count, problem.hidden.shape[1], device=device) if needs[0] else None
     bias_grad = torch.zeros(problem.vocabulary, device=device) if needs[2] else None
     upstream = {name: rows.take(grad) for name, grad in grads.items() if name in streaming.names}
     streamed = bool(upstream) and rows.count > 0
+    tiles, found = None, {}
+    if streamed:
+        known = results | {"lse": lse, "uniform_mean": uniform_mean}
+        found = {name: rows.take(value) for name, value in known.items()}
+        if codes.numel() and _filtered(problem, upstream, needs):
+            tiles = ActiveTiles(streaming, operands, _record(codes, reference, order, rows.count), found["lse"])
+            tiles = tiles if tiles.share <= DENSE_SHARE else None
     weight_grad = None
     if needs[1]:
         make = torch.empty_like if streamed else torch.zeros_like  # either way back writes every class
         weight_grad = make(problem.weight, memory_format=torch.contiguous_format)
-    if streamed:
-        known = results | {"lse": lse, "uniform_mean": uniform_mean}
-        found = {name: rows.take(value) for name, value in known.items()}
-        tiles = None
-        if tile_lse.numel() and _filtered(problem, upstream, needs):
-            tiles = ActiveTiles(
-                streaming, operands, found["lse"], tile_lse[:, : rows.count], tile_peak[:, : rows.count], order
-            )
-        if tiles is not None and tiles.share <= DENSE_SHARE:
-            tiles.add_gradients(upstream, found.get("target"), hidden_grad, weight_grad, bias_grad)
-        else:
-            Slices(streaming, operands).add_gradients(found, upstream, hidden_grad, weight_grad, bias_grad)
+    sums = None
+    if needs[0]:
+        half = tiles is not None and not closed_form.any() and problem.hidden.dtype != torch.float32
+        sums = RowSums(rows.count, problem.hidden, half=half)
+    if tiles is not None:
+        tiles.add_gradients(upstream, found.get("target"), sums, weight_grad, bias_grad)
+    elif streamed:
+        hidden_grad = None if sums is None else sums.result
+        Slices(streaming, operands).add_gradients(found, upstream, hidden_grad, weight_grad, bias_grad)
     _add_closed_form(problem, closed_form, weight_grad, bias_grad)
-    if hidden_grad is not None:
-        hidden_grad = rows.spread(hidden_grad)
+    hidden_grad = None
+    if sums is not None:
+        hidden_grad = rows.spread(sums.result)
         closed_form.add_hidden_grad(hidden_grad)
         hidden_grad = hidden_grad.to(problem.hidden.dtype)
     if bias_grad is not None and problem.bias is not None:
