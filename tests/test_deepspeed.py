@@ -1,4 +1,4 @@
-"""A patched model under DeepSpeed's ZeRO, in two processes, against the stock one in a single process.
+"""A patched model under DeepSpeed's ZeRO, in two and four processes, against the stock one in a single process.
 
 Nothing of ZeRO-3's parameters is left gathered by luck: a weight is there while its own module runs, and not besides.
 """
@@ -23,9 +23,9 @@ from tests.tiny import tiny, tokens, twins
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'xhead[deepspeed]'"
 )
-RANKS, STEPS, RATE = 2, 2, 0.5
-ROWS = ((1, 3), (3, 2))
-"""Of each process, in each of the micro-batches whose gradients are accumulated."""
+STEPS, MICRO_BATCHES, RATE = 2, 2, 0.5
+ROWS = {2: ((1, 3), (3, 2)), 4: ((1, 3, 1, 2), (3, 2, 1, 1))}
+"""Of each process, by their number, in each of the micro-batches whose gradients are accumulated."""
 
 _NUMBERS = {"token_ids": list(range(10, 50)), "values": [each % 10 for each in range(10, 50)]}
 CASES = {
@@ -57,7 +57,7 @@ def _config(stage, **changes):
     }
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": len(ROWS),
+        "gradient_accumulation_steps": MICRO_BATCHES,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -70,15 +70,16 @@ def _sgd(model):
     return torch.optim.SGD(model.parameters(), lr=RATE)
 
 
-def _batch(step):
+def _batch(step, ranks):
     """All rows of a step, and the part of them in each micro-batch of each process."""
-    whole = tokens(rows=sum(map(sum, ROWS)), seed=step)
+    rows = ROWS[ranks]
+    whole = tokens(rows=sum(map(sum, rows)), seed=step)
     whole["labels"][::2, :6] = -100
-    whole["labels"][-ROWS[-1][-1] :] = -100  # nothing counts in the last process's last micro-batch
-    starts = iter(torch.tensor([0, *(rows for micro_batch in ROWS for rows in micro_batch)]).cumsum(0).tolist())
+    whole["labels"][-rows[-1][-1] :] = -100  # nothing counts in the last process's last micro-batch
+    starts = iter(torch.tensor([0, *(count for micro_batch in rows for count in micro_batch)]).cumsum(0).tolist())
     start = next(starts)
     parts = []
-    for micro_batch in ROWS:
+    for micro_batch in rows:
         parts.append([])
         for _ in micro_batch:
             stop = next(starts)
@@ -87,7 +88,7 @@ def _batch(step):
     return whole, parts
 
 
-def _train(rank, deepspeed, stage, name):
+def _train(rank, ranks, deepspeed, stage, name):
     tied, options = CASES[name]
     plain, model = twins("LlamaForCausalLM", tie_word_embeddings=tied)
     if "head" in options or "loss" in options:
@@ -98,7 +99,7 @@ def _train(rank, deepspeed, stage, name):
     engine, *_ = deepspeed.initialize(model=model, optimizer=_sgd(model), config=_config(stage))
     optimizer = _sgd(plain)
     for step in range(STEPS):
-        whole, parts = _batch(step)
+        whole, parts = _batch(step, ranks)
         count = (whole["labels"][:, 1:] != -100).sum()
         expected = plain(**whole, num_items_in_batch=count).loss
         optimizer.zero_grad()
@@ -109,7 +110,7 @@ def _train(rank, deepspeed, stage, name):
             found += loss.detach()
             if stage == 3:
                 assert all(each.numel() == 0 for each in model.parameters()), name
-            engine.backward(loss * RANKS, scale_wrt_gas=False)
+            engine.backward(loss * ranks, scale_wrt_gas=False)
             if micro_batch is parts[-1]:
                 for (key, theirs), ours in zip(plain.named_parameters(), model.parameters(), strict=True):
                     gradient = deepspeed.utils.safe_get_full_grad(ours)
@@ -122,18 +123,18 @@ def _train(rank, deepspeed, stage, name):
             parameter = deepspeed.utils.safe_get_full_fp32_param(ours)
             assert relative_error(parameter, theirs) <= 1e-5, (stage, name, key)
     status = xhead.status(model)
-    assert (status.cut, status.materialized) == (STEPS * len(ROWS), 0), (stage, name, status)
+    assert (status.cut, status.materialized) == (STEPS * MICRO_BATCHES, 0), (stage, name, status)
     engine.destroy()
 
 
-def _cases(rank):
+def _cases(rank, ranks):
     deepspeed = _deepspeed()
     for stage in (2, 3):
         for name in CASES:
-            _train(rank, deepspeed, stage, name)
+            _train(rank, ranks, deepspeed, stage, name)
 
 
-def _partitioned_from_the_start(rank, folder):
+def _partitioned_from_the_start(rank, ranks, folder):
     """`from_pretrained` under ZeRO-3 never has a whole weight, unless asked for it."""
     deepspeed = _deepspeed()
     from transformers.integrations import HfDeepSpeedConfig
@@ -159,8 +160,8 @@ def _partitioned_from_the_start(rank, folder):
                 torch.manual_seed(3)
                 xhead.patch(each, **options)
         engine, *_ = deepspeed.initialize(model=model, optimizer=_sgd(model), config=config)
-        for seed in range(RANKS):
-            (expected(**tokens(seed=seed)).loss / RANKS).backward()
+        for seed in range(ranks):
+            (expected(**tokens(seed=seed)).loss / ranks).backward()
         engine.backward(engine(**tokens(seed=rank)).loss)
         for (key, theirs), ours in zip(expected.named_parameters(), model.parameters(), strict=True):
             gradient = deepspeed.utils.safe_get_full_grad(ours)
@@ -168,7 +169,7 @@ def _partitioned_from_the_start(rank, folder):
         engine.destroy()
 
 
-def _trainer(rank, folder):
+def _trainer(rank, ranks, folder):
     """Accelerate starts no process group on CPUs for DeepSpeed, and takes one that is there."""
     _deepspeed()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -180,8 +181,8 @@ def _trainer(rank, folder):
         trainer, curve = train(
             model,
             f"{folder}/{rank}",
-            per_device_train_batch_size=2,
-            per_device_eval_batch_size=4,
+            per_device_train_batch_size=4 // ranks,
+            per_device_eval_batch_size=8 // ranks,
             gradient_accumulation_steps=2,
             optim="sgd",
             use_cpu=False,
@@ -197,15 +198,16 @@ def _trainer(rank, folder):
             torch.save((curve, evaluated), f"{folder}/{stage}.pt")
 
 
-def _all(rank, folder):
-    _cases(rank)
-    _partitioned_from_the_start(rank, folder)
-    _trainer(rank, folder)
+def _all(rank, ranks, folder):
+    _cases(rank, ranks)
+    _partitioned_from_the_start(rank, ranks, folder)
+    _trainer(rank, ranks, folder)
 
 
-def test_two_processes(tmp_path):
-    """The Trainer's two processes of two rows a micro-batch are one of four, whose rows count different tokens."""
-    in_forks(_all, RANKS, tmp_path, str(tmp_path))
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_as_one_process(ranks, tmp_path):
+    """The rows of the Trainer's processes, in a micro-batch of one process, count different tokens."""
+    in_forks(_all, ranks, tmp_path, ranks, str(tmp_path))
     model = xhead.patch(tiny("LlamaForCausalLM").eval())
     options = {"per_device_eval_batch_size": 8, "gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0}
     trainer, expected = train(model, tmp_path, per_device_train_batch_size=4, **options)

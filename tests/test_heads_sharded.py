@@ -1,4 +1,4 @@
-"""Heads in the projection's place in two processes: data parallel and sharded, and a mapping that all agree on."""
+"""Heads in the projection's place in two and four processes: data parallel, sharded; a mapping that all agree on."""
 
 import copy
 import itertools
@@ -40,16 +40,16 @@ def _patched(head="vq", **options):
     return xhead.patch(model, head=head, **HEADS[head], **options)
 
 
-def _train(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+def _train(rank, ranks, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
     try:
-        mesh = init_device_mesh("cpu", (RANKS,))
+        mesh = init_device_mesh("cpu", (ranks,))
         for head, (name, wrap) in itertools.product(HEADS, WRAPPERS.items()):
             plain = _patched(head)
             model = wrap(copy.deepcopy(plain), mesh)
-            for seed in range(RANKS):
-                (plain(**tokens(seed=seed)).loss / RANKS).backward()
+            for seed in range(ranks):
+                (plain(**tokens(seed=seed)).loss / ranks).backward()
             loss = model(**tokens(seed=rank)).loss
             torch.testing.assert_close(loss, plain(**tokens(seed=rank)).loss)
             loss.backward()
@@ -61,15 +61,16 @@ def _train(rank, folder):
         before = model.lm_head.token_code.clone()
         parallel = WRAPPERS["data parallel"](model, mesh)
         for step in range(3):
-            parallel(**tokens(seed=RANKS * step + rank)).loss.backward()
-        codes = [torch.empty_like(before) for _ in range(RANKS)]
+            parallel(**tokens(seed=ranks * step + rank)).loss.backward()
+        codes = [torch.empty_like(before) for _ in range(ranks)]
         dist.all_gather(codes, model.lm_head.token_code)
-        assert torch.equal(codes[0], codes[1])
+        assert all(torch.equal(codes[0], each) for each in codes)
         assert not torch.equal(codes[0], before)
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_train, (str(tmp_path),), nprocs=RANKS)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_as_one_process(ranks, tmp_path):
+    torch.multiprocessing.spawn(_train, (ranks, str(tmp_path)), nprocs=ranks)

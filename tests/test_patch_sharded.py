@@ -1,4 +1,4 @@
-"""Patched models in two processes: data parallel, sharded, and with a head split over devices."""
+"""Patched models in two and four processes: data parallel, sharded, and with a head split over devices."""
 
 import copy
 import warnings
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import xhead
 from tests.tiny import tokens, twins
 
-RANKS = 2
+RANKS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 def _shard_head_apart(model, mesh):
@@ -38,17 +38,17 @@ def _full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _train(rank, folder, tied):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+def _train(rank, ranks, folder, tied):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
     try:
-        mesh = init_device_mesh("cpu", (RANKS,))
+        mesh = init_device_mesh("cpu", (ranks,))
         for name, wrap in WRAPPERS.items():
             if tied and "apart" in name:
                 continue
             plain, model = twins("LlamaForCausalLM", tie_word_embeddings=tied)
-            for seed in range(RANKS):
-                (plain(**tokens(seed=seed)).loss / RANKS).backward()
+            for seed in range(ranks):
+                (plain(**tokens(seed=seed)).loss / ranks).backward()
             model = wrap(xhead.patch(model), mesh)
             loss = model(**tokens(seed=rank)).loss
             torch.testing.assert_close(loss, plain(**tokens(seed=rank)).loss)
@@ -89,8 +89,8 @@ def _train_on_numbers(mesh, rank, tied):
     plain, model = twins("LlamaForCausalLM", tie_word_embeddings=tied)
     for each in (plain, model):
         xhead.patch(each, loss=text, reweigh=True, **numbers)
-    for seed in range(RANKS):
-        (plain(**tokens(seed=seed)).loss / RANKS).backward()
+    for seed in range(mesh.size()):
+        (plain(**tokens(seed=seed)).loss / mesh.size()).backward()
     model = _shard_whole(model, mesh) if tied else _shard_head_apart(model, mesh)
     model(**tokens(seed=rank)).loss.backward()
     for (key, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
@@ -98,9 +98,10 @@ def _train_on_numbers(mesh, rank, tied):
     assert xhead.status(model).materialized == 0
 
 
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_two_processes(tied, tmp_path):
-    context = torch.multiprocessing.spawn(_train, args=(str(tmp_path), tied), nprocs=RANKS, join=False)
+def test_as_one_process(tied, ranks, tmp_path):
+    context = torch.multiprocessing.spawn(_train, args=(ranks, str(tmp_path), tied), nprocs=ranks, join=False)
     assert context is not None
     while not context.join(timeout=120):
         pass

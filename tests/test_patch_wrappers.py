@@ -1,4 +1,4 @@
-"""A patched model in two processes against one: FSDP1, FSDP2 resharded, split sequences, and the Trainer."""
+"""A patched model in two and four processes against one: FSDP1, FSDP2 resharded, split sequences, and the Trainer."""
 
 import os
 
@@ -18,7 +18,7 @@ from tests.test_trainer import train
 from tests.tiny import tiny, tokens, twins
 from xhead.projection import CutLinear
 
-RANKS = 2
+RANKS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 def _full(tensor):
@@ -64,8 +64,8 @@ def _gradients(model):
     return {name: None if each.grad is None else _full(each.grad) for name, each in model.named_parameters()}
 
 
-def _wrap(rank):
-    mesh = init_device_mesh("cpu", (RANKS,))
+def _wrap(rank, ranks):
+    mesh = init_device_mesh("cpu", (ranks,))
     for tied in (False, True):
         for name, wrap in WRAPPERS.items():
             if tied and "apart" in name:
@@ -73,9 +73,9 @@ def _wrap(rank):
             plain, model = twins("LlamaForCausalLM", tie_word_embeddings=tied)
             wrapped = wrap(xhead.patch(model), mesh)
             for micro_batch in range(2):  # accumulated
-                for seed in range(RANKS):
-                    (plain(**tokens(seed=RANKS * micro_batch + seed)).loss / RANKS).backward()
-                wrapped(**tokens(seed=RANKS * micro_batch + rank)).loss.backward()
+                for seed in range(ranks):
+                    (plain(**tokens(seed=ranks * micro_batch + seed)).loss / ranks).backward()
+                wrapped(**tokens(seed=ranks * micro_batch + rank)).loss.backward()
             found = _gradients(wrapped)
             for key, parameter in plain.named_parameters():
                 assert relative_error(found[key], parameter.grad) <= 1e-5, (name, key)
@@ -83,9 +83,9 @@ def _wrap(rank):
             assert (status.cut, status.materialized) == (2, 0), (name, status)
 
 
-def _loss_outside(rank):
+def _loss_outside(rank, ranks):
     """What the Trainer does with `compute_loss_func`: the model gives its logits, and they are asked twice."""
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (ranks,))
 
     def loss_of(model, seed):
         batch = tokens(seed=seed)
@@ -99,9 +99,9 @@ def _loss_outside(rank):
         plain, model = twins("LlamaForCausalLM", tie_word_embeddings=False)
         wrapped = wrap(xhead.patch(model), mesh)
         for step in range(2):
-            for seed in range(RANKS):
-                (loss_of(plain, RANKS * step + seed) / RANKS).backward()
-            loss_of(wrapped, RANKS * step + rank).backward()
+            for seed in range(ranks):
+                (loss_of(plain, ranks * step + seed) / ranks).backward()
+            loss_of(wrapped, ranks * step + rank).backward()
         found = _gradients(wrapped)
         for key, parameter in plain.named_parameters():
             assert relative_error(found[key], parameter.grad) <= 1e-5, (name, key)
@@ -115,23 +115,24 @@ def _wrap_head_alone_in_fsdp1():
         wrapped(**tokens())
 
 
-def _split_sequences(rank):
-    """Context parallel, accumulated: each process has half of every sequence, and labels shifted before the split."""
+def _split_sequences(rank, ranks):
+    """Context parallel, accumulated: each process has a part of every sequence, and labels shifted before the split."""
     plain, model = twins("LlamaForCausalLM", num_hidden_layers=0)  # no attention, which would look across the halves
     xhead.patch(model)
     batches = [tokens(seed=seed) for seed in range(2)]
     batches[1]["labels"][:, :7] = -100
     shifted = [F.pad(batch["labels"], (0, 1), value=-100)[:, 1:] for batch in batches]
     count = sum((each != -100).sum() for each in shifted)
-    half = slice(6 * rank, 6 * rank + 6)
+    width = 12 // ranks
+    own_part = slice(width * rank, width * (rank + 1))
     total = torch.zeros(2)
     for batch, labels in zip(batches, shifted, strict=True):
         expected = plain(**batch, num_items_in_batch=count).loss
         expected.backward()
-        own = {name: each[:, half].contiguous() for name, each in batch.items()}
-        loss = model(**own, shift_labels=labels[:, half].contiguous(), num_items_in_batch=count).loss
+        own = {name: each[:, own_part].contiguous() for name, each in batch.items()}
+        loss = model(**own, shift_labels=labels[:, own_part].contiguous(), num_items_in_batch=count).loss
         loss.backward()
-        total += torch.stack([loss.detach(), expected.detach() / RANKS])
+        total += torch.stack([loss.detach(), expected.detach() / ranks])
     for each in (total, *(parameter.grad for parameter in model.parameters())):
         dist.all_reduce(each)
     assert relative_error(total[0], total[1]) <= 1e-5
@@ -140,28 +141,33 @@ def _split_sequences(rank):
     assert xhead.status(model).materialized == 0
 
 
-def _train(rank, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+def _train(rank, ranks, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
     model = xhead.patch(tiny("LlamaForCausalLM").eval())
     _, curve = train(
-        model, folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, average_tokens_across_devices=True
+        model,
+        folder,
+        per_device_train_batch_size=4 // ranks,
+        gradient_accumulation_steps=2,
+        average_tokens_across_devices=True,
     )
     if rank == 0:
         torch.save((curve, model.state_dict()), f"{folder}/trained.pt")
 
 
-def _both(rank, folder):
-    _wrap(rank)
-    _loss_outside(rank)
+def _all(rank, ranks, folder):
+    _wrap(rank, ranks)
+    _loss_outside(rank, ranks)
     _wrap_head_alone_in_fsdp1()
-    _split_sequences(rank)
-    _train(rank, folder)
+    _split_sequences(rank, ranks)
+    _train(rank, ranks, folder)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes(tmp_path):
-    """The Trainer's two processes of two rows a micro-batch are one of four, whose rows count different tokens."""
-    in_processes(_both, RANKS, tmp_path, str(tmp_path))
+@pytest.mark.parametrize("ranks", RANKS)
+def test_as_one_process(ranks, tmp_path):
+    """The rows of the Trainer's processes, in a micro-batch of one process, count different tokens."""
+    in_processes(_all, ranks, tmp_path, ranks, str(tmp_path))
     curve, trained = torch.load(tmp_path / "trained.pt")
     model = xhead.patch(tiny("LlamaForCausalLM").eval())
     _, expected = train(model, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)

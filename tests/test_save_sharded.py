@@ -27,6 +27,7 @@ CLASSES = 61
 HEADS = {
     "linear": {"loss": "cce"},
     "vq": {"head": "vq", "codebook_size": 12, "start": "random", "token_bias": "learned"},
+    "fourier": {"head": "fourier", "num_frequencies": 5, "token_range": (10, 40)},
 }
 
 
@@ -108,6 +109,7 @@ def _each(rank, folder, function, cases):
 CASES = [
     ("sharded", _sharded, HEADS["linear"]),
     ("sharded-vq", _sharded, HEADS["vq"]),
+    ("sharded-fourier", _sharded, HEADS["fourier"]),
     ("classes", _shared_classes, HEADS["linear"]),
 ]
 
