@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.dense import relative_error
-from tests.processes import in_processes
+from tests.processes import in_forks, in_processes
 from tests.spherical_definitions import MEMBERS, target_matrix
 from xhead.exchange import Exchange
 from xhead.heads import SphericalHead
+from xhead.heads.label_shards import load_label_rows, save_label_rows
+from xhead.vocabulary import even_shards
 
 CLASSES, SIZE = 61, 6
 
@@ -294,6 +296,43 @@ def _three(rank):
 
 def test_three_processes(tmp_path):
     in_processes(_three, 3, tmp_path)
+
+
+def _rows_at(ranks, rank, folder):
+    first = sum(even_shards(CLASSES, ranks)[:rank])
+    return load_label_rows(folder, first, first + even_shards(CLASSES, ranks)[rank])["weight"]
+
+
+def _save_rows(rank, folder):
+    shards = [50, 11, 0, 0][: dist.get_world_size()]
+    head = SphericalHead(SIZE, CLASSES, process_group=dist.group.WORLD, bias=True, shards=shards, dtype=torch.float64)
+    for _ in range(3):
+        head(torch.randn(4, SIZE, dtype=torch.float64), torch.randint(CLASSES, (4,))).backward()
+        head.step(0.05)
+    place = head.weight.place
+    save_label_rows(folder / "rows", {"weight": head.weight.own_rows()}, place.start, place.stop, place.classes)
+    if rank == 0:
+        torch.save(head.dense(), folder / "whole.pt")
+    else:
+        head.dense()
+
+
+def _load_rows(rank, folder):
+    rows = _rows_at(dist.get_world_size(), rank, folder / "rows")
+    head = SphericalHead(SIZE, CLASSES, process_group=dist.group.WORLD, bias=True, weight=rows)
+    assert torch.equal(head.weight.own_rows(), rows)
+    torch.testing.assert_close(head.dense(), torch.load(folder / "whole.pt"), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=rf"weight must be \({CLASSES}, {SIZE + 1}\) or \({len(rows)}, "):
+        SphericalHead(SIZE, CLASSES, process_group=dist.group.WORLD, bias=True, weight=rows[1:])
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(2, 4), (4, 2)])
+def test_rows_saved_by_other_processes(saving, loading, tmp_path):
+    in_forks(_save_rows, saving, tmp_path, tmp_path)
+    (tmp_path / "store").unlink()
+    in_forks(_load_rows, loading, tmp_path, tmp_path)
+    alone = SphericalHead(SIZE, CLASSES, bias=True, weight=load_label_rows(tmp_path / "rows")["weight"])
+    assert torch.equal(alone.dense(), torch.load(tmp_path / "whole.pt"))
 
 
 def test_without_processes():

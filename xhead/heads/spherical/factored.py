@@ -236,6 +236,10 @@ class FactoredWeight(nn.Module):
     @torch.no_grad()
     def dense(self) -> Tensor:
         """W (V, D)."""
+        return self.own_rows()
+
+    def own_rows(self) -> Tensor:
+        """The rows of W that are here, those of the classes in `place`."""
         weight = torch.empty_like(self.factor)
         for rows in self.blocks():
             weight[rows] = self.rows(rows)

@@ -38,7 +38,8 @@ class SphericalHead(Prediction):
         loss: `"mse"`, `"zloss"`, `"log_taylor"`, `"log_spherical"`, or a `SphericalLoss`.
         bias: a constant feature appended to the hidden states, for which W has a column: True is 1; the size of the
             constant scales that column's learning rate by its square. 0 or False: none.
-        weight: (V, D), or (V, D + 1) with the bias' column, to start from; by default uniform in +-1/sqrt(D).
+        weight: (V, D), or (V, D + 1) with the bias' column, to start from, or this process's rows of it; by default
+            uniform in +-1/sqrt(D).
         stabilise_every: after at most how many steps the singular values of U are looked at, and U^-1 computed anew.
         refresh_every: after how many steps mean and covariance of the rows are computed from W again, O(V D^2).
         fold: a step whose factor `I - 2 lr H' diag(alpha) H` is nearly singular is made all the same, exactly, at
@@ -95,15 +96,17 @@ class SphericalHead(Prediction):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not math.isfinite(self.bias):
             raise ValueError(f"bias must be True, False or the finite size of the constant feature, got {self.bias}")
-        shape = (self.out_features, self.in_features + bool(self.bias))
-        if weight is not None and weight.shape != shape:
-            raise ValueError(f"weight must be {shape} (classes, features), got {tuple(weight.shape)}")
         processes = 1 if self.exchange is None else self.exchange.size
         if shards is not None and (len(shards) != processes or min(shards) < 0 or sum(shards) != self.out_features):
             raise ValueError(
                 f"shards must be {processes} numbers of classes, one a process, that add up to {self.out_features}, "
                 f"got {list(shards)}"
             )
+        here = (shards or even_shards(self.out_features, processes))[self.exchange.rank if self.exchange else 0]
+        shapes = [(classes, self.in_features + bool(self.bias)) for classes in dict.fromkeys((self.out_features, here))]
+        if weight is not None and weight.shape not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"weight must be {wanted} (classes, features), got {tuple(weight.shape)}")
 
     def _first_weight(
         self, weight: Tensor | None, shards: Sequence[int] | None, like: dict[str, Any]
@@ -126,7 +129,8 @@ class SphericalHead(Prediction):
     def _first_rows(self, classes: slice, weight: Tensor | None, seed: int | None, like: dict[str, Any]) -> Tensor:
         """Rows of W to start from, without a seed drawn by torch's own generator."""
         if weight is not None:
-            return weight.detach()[classes].clone(memory_format=torch.contiguous_format).to(**like)
+            rows = weight[classes] if len(weight) == self.out_features else weight
+            return rows.detach().clone(memory_format=torch.contiguous_format).to(**like)
         rows = torch.empty(classes.stop - classes.start, self.in_features + bool(self.bias), **like)
         generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
         nn.init.uniform_(rows, -(self.in_features**-0.5), self.in_features**-0.5, generator=generator)

@@ -77,7 +77,7 @@ class ShardedWeight(FactoredWeight):
         return self.exchange.add_up(sums)
 
     def dense(self) -> Tensor:
-        return self.exchange.gather(super().dense(), self.shards)
+        return self.exchange.gather(self.own_rows(), self.shards)
 
     def _held(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Which classes are here, and the places of those in F. (...) -> (...) bool, (m,)"""
