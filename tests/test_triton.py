@@ -138,6 +138,16 @@ def test_a_bias_alone_trains(eps):
     assert relative_error(alone, gradients((hidden, weight, bias, target), filter_eps=eps)[2]) < 1e-5
 
 
+@pytest.mark.usefixtures("filter_always")
+@pytest.mark.parametrize(("eps", "error"), [(None, 1e-5), (2**-20, 1e-3)])
+@pytest.mark.parametrize("size", [1, 65, 130, 260])
+def test_hidden_states_wider_than_any_block(size, eps, error):
+    inputs = make(rows=40, classes=300, size=size, spread=size**-0.5, bias=True)
+    mine = gradients(inputs, filter_eps=eps)
+    true = gradients(doubled(inputs), engine="reference", filter_eps=None)
+    assert all(relative_error(one, exact) < error for one, exact in zip(mine, true, strict=True))
+
+
 @pytest.mark.parametrize("rows", [0, 5])
 def test_no_row_counts(rows):
     hidden, weight, _, target = make(rows=rows)
