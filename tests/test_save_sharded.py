@@ -51,10 +51,6 @@ def _shared_classes(model):
     return model
 
 
-def _optimizer(model):
-    return torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
-
-
 def _full(state):
     return {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in state.items()}
 
@@ -64,12 +60,17 @@ def _whole_optimizer(model, optimizer):
     return {f"{name}.{key}": value for name, own in state.items() for key, value in _full(own).items()}
 
 
-def _save(rank, folder, split, options):
-    """After a step, so that the optimizer has something to save."""
-    model = split(_model(0, options))
-    optimizer = _optimizer(model)
+def _after_a_step(seed, split, options):
+    """A model and its optimizer, which has something to save."""
+    model = split(_model(seed, options))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
     model(**tokens()).loss.backward()
     optimizer.step()
+    return model, optimizer
+
+
+def _save(rank, folder, split, options):
+    model, optimizer = _after_a_step(0, split, options)
     state, optimizer_state = get_state_dict(model, optimizer)
     dcp.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/saved")
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -82,10 +83,7 @@ def _save(rank, folder, split, options):
 
 
 def _load(rank, folder, split, options):
-    model = split(_model(1, options))
-    optimizer = _optimizer(model)
-    model(**tokens()).loss.backward()
-    optimizer.step()
+    model, optimizer = _after_a_step(1, split, options)
     state, optimizer_state = get_state_dict(model, optimizer)
     dcp.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/saved")
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
