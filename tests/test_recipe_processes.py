@@ -46,7 +46,7 @@ def _losses(name, output):
     """Of each step that is logged, and of the test."""
     results = json.loads((output / "results.json").read_text())
     if name == "one_billion_word":
-        assert results["patch"] == {"cut": 6, "materialized": 0} or results["head"] != "linear"
+        assert results.get("patch", {"cut": 6, "materialized": 0}) == {"cut": 6, "materialized": 0}
         return [*(loss for _, loss in test_recipe_one_billion_word.losses(results)), results["test"]["loss"]]
     if name == "arithmetic":
         history = json.loads((output / "cce+0.3xntl_was-1" / "result.json").read_text())["history"]
@@ -109,13 +109,11 @@ def _rows(file, processes):
     return ROWS if file == "tensor_parallel" else ROWS // processes
 
 
-def _assert_same(start, file, processes, name, alone, *more):
+def _assert_same(start, file, processes, name, alone, output, *more):
     folder, expected = alone(name, *more)
-    output = folder / f"{start.__name__}-{file}-{processes}"
     share = ("--per_device_train_batch_size", str(_rows(file, processes)))
     start(file, processes, name, *COMMANDS[name](folder, output), *more, *share)
     np.testing.assert_allclose(_losses(name, output), expected, rtol=0, atol=1e-4)
-    return output
 
 
 SLOW = [
@@ -135,9 +133,9 @@ SLOW = [
         *SLOW,
     ],
 )
-def test_as_one_process(start, file, processes, name, alone):
+def test_as_one_process(start, file, processes, name, alone, tmp_path):
     more = ("--attention_heads", "4") if (file, processes) == ("tensor_parallel", 4) else ()
-    _assert_same(start, file, processes, name, alone, *more)
+    _assert_same(start, file, processes, name, alone, tmp_path / "run", *more)
 
 
 HEADS = {
@@ -150,8 +148,8 @@ HEADS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("file", FILES)
-def test_heads(file, head, alone):
-    _assert_same(_fork, file, 2, "one_billion_word", alone, *HEADS[head])
+def test_heads(file, head, alone, tmp_path):
+    _assert_same(_fork, file, 2, "one_billion_word", alone, tmp_path / "run", *HEADS[head])
 
 
 @pytest.mark.parametrize(
@@ -159,9 +157,9 @@ def test_heads(file, head, alone):
 )
 def test_shards_are_resumed_by_any_number_of_processes(processes, alone, tmp_path):
     saved = ("--save_steps", "2", "--save_total_limit", "9")
-    output = _assert_same(_fork, "fsdp2", 2, "one_billion_word", alone, *saved)
+    _assert_same(_fork, "fsdp2", 2, "one_billion_word", alone, tmp_path / "run", *saved)
     again = tmp_path / "again"
-    shutil.copytree(output, again)
+    shutil.copytree(tmp_path / "run", again)
     for unwanted in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(again / unwanted)
     (again / "results.json").unlink()
@@ -180,7 +178,11 @@ def test_shards_are_resumed_by_any_number_of_processes(processes, alone, tmp_pat
 @pytest.mark.parametrize(
     ("variables", "options", "message"),
     [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, (), "fsdp_version: 1, which this recipe does not"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+            (),
+            "fsdp_version: 1 and .*, which this recipe does not",
+        ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, (), "distributed_type: MEGATRON_LM, which"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, (), "distributed_type: DEEPSPEED, which .*fsdp2.yaml"),
         ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, (), "cp_size: 2, which"),
