@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from recipes.common.errors import RecipeError
+from recipes.common.processes import is_sharded, is_split
 from recipes.one_billion_word.ngram import NgramForCausalLM
 from recipes.one_billion_word.options import SPHERICAL, ModelOptions
 from recipes.one_billion_word.own_head import OwnHead
@@ -59,8 +60,9 @@ def check_spherical(options: ModelOptions) -> None:
     """
     if options.head != SPHERICAL:
         return
-    if PartialState().num_processes > 1:
-        raise RecipeError(f"--head spherical runs in one process here, got {PartialState().num_processes}")
+    processes = PartialState().num_processes
+    if processes > 1 or is_sharded() or is_split():
+        raise RecipeError(f"--head spherical runs in one process, with a model that is not in parts; got {processes}")
     rate = options.parsed_head_options.get("learning_rate", RATE)
     if not isinstance(rate, (int, float)) or not rate > 0:
         raise RecipeError(f"--head_options has learning_rate {rate!r}; it must be a number above 0")
