@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
@@ -82,3 +83,13 @@ def shard_on_cpu() -> None:
     state = PartialState()
     if (is_sharded() or is_split()) and state.distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def leave_processes() -> None:
+    """End the group of processes, after the last has come here.
+
+    gloo's threads, left running, now and then take a process down as it exits.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()

@@ -30,7 +30,13 @@ from recipes.one_billion_word.packing import PackedSentences
 from recipes.one_billion_word.perplexity import measure_errors, measure_perplexity
 from recipes.one_billion_word.report import describe, summarize, write_report
 from recipes.one_billion_word.scoring import Scorer, scorer_of
-from recipes.one_billion_word.spherical import check_spherical, head_callbacks
+from recipes.one_billion_word.spherical import (
+    SharedHeadParts,
+    SharedHeadTrainer,
+    check_spherical,
+    head_callbacks,
+    is_shared,
+)
 from recipes.one_billion_word.start import load_start
 from recipes.one_billion_word.vq import apply_vq, check_vq, head_facts
 from xhead import roll_call
@@ -90,6 +96,7 @@ def run(
         "start_from": model_options.start_from,
         "seed": training.seed,
         "sharded": is_sharded(),
+        "head_shared": is_shared(model_options),
     }
     check_description(folder, description, resume=run_options.resume)
     checkpoint = find_checkpoint(folder) if run_options.resume else None
@@ -104,13 +111,15 @@ def run(
         state.print(f"resume      from {checkpoint or 'the beginning: no whole checkpoint was found'}")
 
     timer = StepTimer()
-    parts = in_parts(model, folder)
-    trainer = CheckpointedTrainer(
+    shared = is_shared(model_options)
+    parts = SharedHeadParts.of(model, model_options) if shared else in_parts(model, folder)
+    trainer_class = SharedHeadTrainer if shared else CheckpointedTrainer
+    trainer = trainer_class(
         model=apply_loss(parts.trained, model_options),
         args=training,
         train_dataset=data.train,
         data_collator=default_data_collator,
-        callbacks=[timer, *head_callbacks(model, model_options, training), *callbacks],
+        callbacks=[timer, *head_callbacks(parts.trained, model_options, training), *callbacks],
     )
     scorer = scorer_of(model, model_options)
     trainer.add_callback(ExactValidation(trainer, parts, scorer, data.valid, run_options.valid_steps))
