@@ -53,7 +53,7 @@ def join(found: Any, anchor: Tensor) -> Any:
 
 def show(logits: LazyLogits, parameters: Iterable[Tensor]) -> None:
     """Let DDP find the logits of one projection, with these parameters, in the output of the model that it runs now."""
-    ddp = DistributedDataParallel._active_ddp_module
+    ddp: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if ddp is None or not (ddp.find_unused_parameters or ddp.static_graph) or not torch.is_grad_enabled():
         return
     (term,) = logits._terms
