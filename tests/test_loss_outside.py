@@ -167,18 +167,24 @@ def ddp_of_unused_outputs(rank, ranks):
         assert_same_gradients(uses, wrapped, plain)
 
 
-def ddp_of_adapters(rank, ranks):
-    if importlib.util.find_spec("peft") is None:
-        return
+ADAPTERS = ({"target_modules": ["q_proj"]}, {"target_modules": ["lm_head", "q_proj"]})
+if importlib.util.find_spec("peft") is None:
+    ADAPTERS = ()
+
+
+def adapted(**form):
     import peft
 
-    for form in ({"target_modules": ["q_proj"]}, {"target_modules": ["lm_head", "q_proj"]}):
-        pair = []
-        for each in twins("LlamaForCausalLM", tie_word_embeddings=False):
-            config = peft.LoraConfig(r=4, init_lora_weights=False, **form)
-            pair.append(peft.get_peft_model(_seeded(each), config).eval())
-        wrapped = DistributedDataParallel(xhead.patch(pair[1]), find_unused_parameters=True)
-        assert_as_one_process(form, rank, ranks, wrapped, pair[0])
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **form)
+    pair = twins("LlamaForCausalLM", tie_word_embeddings=False)
+    return [peft.get_peft_model(_seeded(each), config).eval() for each in pair]
+
+
+def ddp_of_adapters(rank, ranks):
+    for form in ADAPTERS:
+        plain, model = adapted(**form)
+        wrapped = DistributedDataParallel(xhead.patch(model), find_unused_parameters=True)
+        assert_as_one_process(form, rank, ranks, wrapped, plain)
 
 
 def fsdp2(rank, ranks):
@@ -243,6 +249,28 @@ def fsdp2_resharded(rank, ranks):
     torch.testing.assert_close(losses[1].float(), losses[0].float(), rtol=2**-7, atol=0)
 
 
+class Around(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+
+def fsdp2_around(rank, ranks):
+    """A module around the model is what FSDP2 shards; adapters call the model past its hooks."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    for again in (True, False):
+        pair = [Around(each) for each in twins("LlamaForCausalLM", tie_word_embeddings=False)]
+        wrapped = fully_shard(xhead.patch(pair[1]), mesh=mesh, reshard_after_forward=again)
+        assert_as_one_process(("around", again), rank, ranks, wrapped, pair[0])
+        for form in ADAPTERS:
+            pair = adapted(**form)
+            wrapped = fully_shard(xhead.patch(pair[1]), mesh=mesh, reshard_after_forward=again)
+            assert_as_one_process((form, again), rank, ranks, wrapped, pair[0])
+
+
 def sharded_for_good():
     """Nothing can be gathered here: the error names the cause and the fix."""
     for sharding in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
@@ -255,19 +283,6 @@ def sharded_for_good():
                 )
                 with pytest.raises(RuntimeError, match=r"outside of the model, where FSDP has sharded .* FSDP2"):
                     plain_loss_of(wrapped, 0)
-
-    class Around(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, **batch):
-            return self.model(**batch)
-
-    model = xhead.patch(tiny("LlamaForCausalLM", tie_word_embeddings=False))
-    wrapped = fully_shard(Around(model), mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
-    with pytest.raises(RuntimeError, match=r"reshard_after_forward=False"):
-        plain_loss_of(wrapped, 0)
 
 
 def trainer(rank, ranks, folder):
@@ -298,6 +313,7 @@ def of_ddp(rank, ranks):
 def of_fsdp(rank, ranks):
     fsdp2(rank, ranks)
     fsdp2_resharded(rank, ranks)
+    fsdp2_around(rank, ranks)
     if ranks == 2:
         sharded_for_good()
 

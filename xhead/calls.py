@@ -1,10 +1,10 @@
 """A lazy call of a module, which is computed where its logits are asked: inside the model's forward or after it.
 
 After it, FSDP may have sharded the module's parameters again, and has looked in vain for tensors in the model's output,
-whose gradients tell it to gather them and to reduce theirs.
+whose gradients tell it to gather parameters and to reduce gradients.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from xhead.data_parallel import join
-from xhead.lazy import LazyLogits
 
 Form = tuple[Any, ...]
 """What a module's parameters look like, as far as sharding changes it."""
@@ -25,14 +24,14 @@ class Call:
 
     module: the `Reentrant`.
     form: of its parameters, as they were in the lazy call.
+    wrappers: the FSDP2 modules around the module in whose forward it was called, from the innermost on.
     anchor: (0,), what DDP has found in place of the logits; see `xhead.data_parallel`.
-    wrappers: FSDP2 modules around the module that the logits have left, from the outermost on.
     """
 
     module: Any
     form: Form
+    wrappers: tuple[Any, ...]
     anchor: Tensor | None = None
-    wrappers: tuple[Any, ...] = ()
 
     @property
     def out_features(self) -> int:
@@ -56,53 +55,51 @@ class Call:
                 raise RuntimeError(_SHARDED)
             return function(*operands)
 
-        with self._gathered():
+        left = [each for each in self.wrappers if not _in_forward(each)]
+        with _gathered(self.module, left):
             found = self.module.consume(hidden, checked)
         for each in with_gradient(found):
-            for wrapper in self.wrappers:
+            for wrapper in reversed(left):
                 each.register_hook(wrapper._get_fsdp_state()._pre_backward)
         return found if self.anchor is None else join(found, self.anchor)
 
-    @contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """The module's parameters whole, where an FSDP2 module around it has sharded them after its forward."""
-        if not self.wrappers or hasattr(self.module, "_get_fsdp_state"):
-            yield
-            return
-        holder, before = self.wrappers[-1], list(self.module.parameters())
-        holder.unshard()
-        try:
-            yield
-        finally:
-            if any(now is not then for now, then in zip(self.module.parameters(), before, strict=True)):
-                holder.reshard()
 
-    def leave(self, owner: nn.Module) -> None:
-        """The logits leave the forward of `owner`, around which FSDP gathers parameters."""
-        if not getattr(self.module, "_is_fsdp_managed_module", False):
-            return
-        around, inner = [owner], owner
-        for name in next(name for name, each in owner.named_modules() if each is self.module).split(".")[:-1]:
-            inner = inner.get_submodule(name)
-            around.append(inner)
-        self.wrappers = tuple(each for each in around if hasattr(each, "_get_fsdp_state"))
+@contextmanager
+def _gathered(module: nn.Module, left: list[Any]) -> Iterator[None]:
+    """The module's parameters whole, where the innermost FSDP2 module around it has sharded them after its forward."""
+    if not left or hasattr(module, "_get_fsdp_state"):
+        yield
+        return
+    before = list(module.parameters())
+    left[0].unshard()
+    try:
+        yield
+    finally:
+        if any(now is not then for now, then in zip(module.parameters(), before, strict=True)):
+            left[0].reshard()
+
+
+def wrappers_of(module: nn.Module) -> tuple[Any, ...]:
+    """The FSDP2 modules around a module in whose forward it runs, from the innermost on."""
+    if not getattr(module, "_is_fsdp_managed_module", False):
+        return ()
+    from torch.distributed._composable_state import _module_state_mapping
+
+    # In the order of their making, which has to be bottom-up.
+    sharded = [each for each in _module_state_mapping if hasattr(each, "_get_fsdp_state") and _in_forward(each)]
+    return tuple(each for each in sharded if each is not module and any(inner is module for inner in each.modules()))
+
+
+def _in_forward(wrapper: Any) -> bool:
+    return wrapper._get_fsdp_state()._training_state.name == "FORWARD"
 
 
 _SHARDED = (
-    "the loss is computed outside of the model, where FSDP has sharded the weight of its output projection again. Give "
-    "the model its labels, so that the loss is computed inside of it (with the Trainer: neither label_smoothing_factor "
-    "nor compute_loss_func); or use FSDP2 (accelerate: fsdp_version 2) with the projection in a group of its own, "
-    "fully_shard(model.lm_head), or one that stays whole after its forward, reshard_after_forward=False"
+    "the loss is computed outside of the model, where FSDP has sharded the weight of its output projection again: FSDP1 "
+    "gathers it around its own forward alone. Give the model its labels, so that the loss is computed inside of it "
+    "(with the Trainer: neither label_smoothing_factor nor compute_loss_func), or use FSDP2: fully_shard(model), "
+    "accelerate's fsdp_version: 2"
 )
-
-
-def leave(owner: nn.Module, output: Any) -> None:
-    """Tell the lazy logits in the output of `owner` that they leave it."""
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-    for logits in values:
-        for term in logits._terms if isinstance(logits, LazyLogits) else ():
-            if isinstance(term.projection, Call):
-                term.projection.leave(owner)
 
 
 def parameter_form(module: nn.Module) -> Form:

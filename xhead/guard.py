@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from xhead.calls import leave
 from xhead.projection import HeadPatch, claim, cut_layers, describe, projections
 
 _FUSED_HEAD_ARGUMENT = "fused_lm_head"
@@ -57,10 +56,9 @@ class AfterForward:
         self.owner, self.patch = owner, patch
 
     def __call__(self, module: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        leave(module, output)
-        if torch.is_grad_enabled() and named.get("labels") is not None and not self.patch.entered:
+        if named.get("labels") is not None and not self.patch.entered:
             raise RuntimeError(
                 f"{type(self.owner).__name__} computed a loss without calling its patched output projection, so the "
                 "patch has no part in it: its forward, or whatever replaced it, reads the projection's weight itself. "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xhead.calls import Call, parameter_form, with_gradient
+from xhead.calls import Call, parameter_form, with_gradient, wrappers_of
 from xhead.data_parallel import show
 from xhead.lazy import LazyLogits
 from xhead.standin import Record
@@ -34,7 +34,7 @@ class Reentrant(nn.Module):
         """The logits of a call with these hidden states, not computed yet. hidden: as in `Term`"""
         if torch.compiler.is_compiling():
             return kind.deferred(hidden, self, record)  # type: ignore[arg-type]
-        logits = kind.deferred(hidden, Call(self, parameter_form(self)), record)
+        logits = kind.deferred(hidden, Call(self, parameter_form(self), wrappers_of(self)), record)
         show(logits, self.parameters())
         return logits
 
