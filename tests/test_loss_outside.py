@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import xhead
 from tests.processes import in_processes
@@ -40,6 +41,15 @@ def plain_loss_of(model, seed):
     batch = tokens(seed=seed)
     labels = batch.pop("labels").flatten()
     return F.cross_entropy(model(**batch).logits.flatten(0, 1), labels)
+
+
+def chunked_loss_of(model, seed):
+    """Row by row, and forgotten until the backward."""
+    batch = tokens(seed=seed)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    losses = [checkpoint(F.cross_entropy, logits[i], labels[i], use_reentrant=False) for i in range(len(labels))]
+    return sum(losses)
 
 
 def gradients(model):
@@ -119,6 +129,9 @@ def ddp_looks(rank, ranks):
     plain, model = twins("LlamaForCausalLM")
     xhead.patch(model).train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_as_one_process("checkpointing", rank, ranks, looking(model), plain)
+
+    plain, model = twins("LlamaForCausalLM")
+    assert_as_one_process("chunked", rank, ranks, looking(xhead.patch(model)), plain, chunked_loss_of)
 
     for head, options in (("vq", {"codebook_size": 16, "start": "random"}), ("fourier", {"num_frequencies": 4})):
         pair = [xhead.patch(_seeded(each), head=head, **options) for each in twins("LlamaForCausalLM")]
@@ -233,6 +246,9 @@ def fsdp2_resharded(rank, ranks):
             (loss_of(plain, ranks * step + seed) / ranks).backward()
         loss_of(wrapped, ranks * step + rank).backward()
     assert_same_gradients("accumulated", wrapped, plain)
+
+    plain, model = twins("LlamaForCausalLM")
+    assert_as_one_process("chunked", rank, ranks, resharded(xhead.patch(model)), plain, chunked_loss_of)
 
     plain, model = twins("BertForMaskedLM", tie_word_embeddings=False)
     xhead.patch(model)

@@ -95,9 +95,9 @@ def _in_forward(wrapper: Any) -> bool:
 
 
 _SHARDED = (
-    "the loss is computed outside of the model, where FSDP has sharded the weight of its output projection again: FSDP1 "
-    "gathers it around its own forward alone. Give the model its labels, so that the loss is computed inside of it "
-    "(with the Trainer: neither label_smoothing_factor nor compute_loss_func), or use FSDP2: fully_shard(model), "
+    "the loss is computed outside of the model, where FSDP has sharded the weight of its output projection again: "
+    "FSDP1 gathers it around its own forward alone. Give the model its labels, so that the loss is computed inside of "
+    "it (with the Trainer: neither label_smoothing_factor nor compute_loss_func), or use FSDP2: fully_shard(model), "
     "accelerate's fsdp_version: 2"
 )
 
