@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -49,6 +50,8 @@ class Call:
 
         Raises RuntimeError where FSDP has sharded the module's parameters, and nothing here can gather them.
         """
+        if torch.compiler.is_compiling():
+            return self.module.consume(hidden, function)
 
         def checked(*operands: Any) -> Any:
             if parameter_form(self.module) != self.form:

@@ -32,11 +32,20 @@ class Reentrant(nn.Module):
 
     def lazy(self, kind: type[LazyLogits], hidden: Tensor, record: Record) -> LazyLogits:
         """The logits of a call with these hidden states, not computed yet. hidden: as in `Term`"""
-        if torch.compiler.is_compiling():
-            return kind.deferred(hidden, self, record)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            return self._lazy(kind, hidden, record)
+        if getattr(self, "_is_fsdp_managed_module", False):
+            return self._lazy_out_of_graph(kind, hidden, record)
+        return kind.deferred(hidden, self, record)  # type: ignore[arg-type]
+
+    def _lazy(self, kind: type[LazyLogits], hidden: Tensor, record: Record) -> LazyLogits:
         logits = kind.deferred(hidden, Call(self, parameter_form(self), wrappers_of(self)), record)
         show(logits, self.parameters())
         return logits
+
+    @torch.compiler.disable(reason="FSDP gathers parameters outside of the graph, and the logits have to tell it when")
+    def _lazy_out_of_graph(self, kind: type[LazyLogits], hidden: Tensor, record: Record) -> LazyLogits:
+        return self._lazy(kind, hidden, record)
 
     def consume(self, hidden: Tensor, function: Callable[..., Any]) -> Any:
         """`function` of the hidden states and the module's own, inside this module's call."""
