@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import xhead
 from tests.dense import dense_logits, relative_error
@@ -75,6 +76,19 @@ def test_gradients_by_finite_differences(name):
     hidden, weight, bias = student
     assert torch.autograd.gradcheck(lambda weight: rows(hidden.detach(), weight, None), (weight,))
     assert torch.autograd.gradcheck(lambda hidden: rows(hidden, weight.detach(), bias.detach()), (hidden,))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_activation_checkpointing(name):
+    student, teacher = operands(7), operands(11, seed=1)
+    function = LOSSES[name][0]
+    logits = xhead.LazyLogits(*student), xhead.LazyLogits(*teacher)
+    found, expected = (
+        torch.autograd.grad(rows.sum(), student)
+        for rows in (checkpoint(function, *logits, use_reentrant=False), function(*logits))
+    )
+    for mine, exact in zip(found, expected, strict=True):
+        assert torch.equal(mine, exact)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.pair import CLASSES, ROWS, WIDTH, Pair, loss_of
 from tests.test_lazy import REPLAYED, STEPS
@@ -160,6 +161,13 @@ def test_double_backward():
     first, expected = (pair.gradients(loss_of(o), create_graph=True)[0] for o in (pair.lazy, pair.dense))
     for a, b in zip(pair.gradients(first.square().sum()), pair.gradients(expected.square().sum()), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_activation_checkpointing():
+    pair = Pair()
+    found, expected = (pair.gradients(checkpoint(loss_of, o, use_reentrant=False)) for o in (pair.lazy, pair.dense))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("name", [*STEPS, *REPLAYED])

@@ -83,31 +83,6 @@ def _wrap(rank, ranks):
             assert (status.cut, status.materialized) == (2, 0), (name, status)
 
 
-def _loss_outside(rank, ranks):
-    """What the Trainer does with `compute_loss_func`: the model gives its logits, and they are asked twice."""
-    mesh = init_device_mesh("cpu", (ranks,))
-
-    def loss_of(model, seed):
-        batch = tokens(seed=seed)
-        labels = batch.pop("labels")[:, 1:].flatten()
-        logits = model(**batch).logits[:, :-1].flatten(0, 1)
-        return F.cross_entropy(logits, labels, label_smoothing=0.1) + F.cross_entropy(logits, labels)
-
-    for name, wrap in WRAPPERS.items():
-        if name in ("FSDP1", "FSDP2, resharded"):  # errors: the weight is no longer there
-            continue
-        plain, model = twins("LlamaForCausalLM", tie_word_embeddings=False)
-        wrapped = wrap(xhead.patch(model), mesh)
-        for step in range(2):
-            for seed in range(ranks):
-                (loss_of(plain, ranks * step + seed) / ranks).backward()
-            loss_of(wrapped, ranks * step + rank).backward()
-        found = _gradients(wrapped)
-        for key, parameter in plain.named_parameters():
-            assert relative_error(found[key], parameter.grad) <= 1e-5, (name, key)
-        assert xhead.status(model).materialized == 0
-
-
 def _wrap_head_alone_in_fsdp1():
     model = xhead.patch(tiny("LlamaForCausalLM", tie_word_embeddings=False))
     wrapped = _fsdp1(model, None, auto_wrap_policy=ModuleWrapPolicy({CutLinear}))
@@ -157,7 +132,6 @@ def _train(rank, ranks, folder):
 
 def _all(rank, ranks, folder):
     _wrap(rank, ranks)
-    _loss_outside(rank, ranks)
     _wrap_head_alone_in_fsdp1()
     _split_sequences(rank, ranks)
     _train(rank, ranks, folder)

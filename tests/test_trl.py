@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 import xhead
 import xhead.trainer
+from tests.processes import in_processes
 from tests.tiny import tiny
 
 trl = pytest.importorskip("trl")
@@ -23,6 +24,10 @@ pytestmark = [
 
 @pytest.fixture
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer():
     words = {word: index for index, word in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(90))])}
     model = tokenizers.models.WordLevel(words, unk_token="<pad>")
     fast = tokenizers.Tokenizer(model)
@@ -30,23 +35,24 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<pad>")
 
 
-def make(trainer_class, model, tokenizer, folder, **options):
+def make(trainer_class, model, tokenizer, folder, arguments=None, **options):
     text = [" ".join(f"w{(7 * row + 3 * i * i) % 90}" for i in range(4 + row)) for row in range(8)]
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        shuffle_dataset=False,
-    )
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "shuffle_dataset": False,
+    }
+    args = trl.SFTConfig(**{**defaults, **(arguments or {})})
     return trainer_class(
         model=model,
         args=args,
@@ -83,6 +89,25 @@ def test_sft_trainer_with_the_fix(adapter, tokenizer, tmp_path):
     actual = curve(make(xhead.trainer.own_loss(trl.SFTTrainer), model, tokenizer, tmp_path, **options))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert (xhead.status(model).cut, xhead.status(model).materialized) == (2, 0)
+
+
+def _data_parallel(rank, folder):
+    """Label smoothing takes the loss of the logits outside of the model, in a DDP that looks for parameters."""
+    arguments = {"per_device_train_batch_size": 2, "label_smoothing_factor": 0.1}
+    curves = []
+    for patch in (lambda model: model, xhead.patch):
+        model = patch(tiny("LlamaForCausalLM").eval())
+        torch.manual_seed(1)
+        trainer = make(xhead.trainer.own_loss(trl.SFTTrainer), model, make_tokenizer(), folder, arguments)
+        curves.append(curve(trainer))
+        assert trainer.model_wrapped.find_unused_parameters
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-5)
+    assert (xhead.status(model).cut, xhead.status(model).materialized) == (4, 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft_trainer_in_two_processes(tmp_path):
+    in_processes(_data_parallel, 2, tmp_path, str(tmp_path))
 
 
 def test_adapters_do_not_hide_the_fused_head(tokenizer, tmp_path):

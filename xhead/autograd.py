@@ -149,7 +149,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, output_grads):
-    tensors, outputs = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    saved = ctx.saved_tensors  # to be read once: activation checkpointing refuses a second time
+    tensors, outputs = saved[:9], saved[9:]
     needs = ctx.needs_input_grad[:3]
     grads = {name: grad for name, grad in zip(ctx.names, output_grads, strict=False) if grad is not None}
     problem = _unpack(*tensors, *ctx.options)

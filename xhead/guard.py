@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from xhead.projection import HeadPatch, claim, cut_layers, describe, projections
-from xhead.reentry import gather_before_backward
 
 _FUSED_HEAD_ARGUMENT = "fused_lm_head"
 
@@ -59,9 +58,7 @@ class AfterForward:
     def __call__(self, module: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        if named.get("labels") is None:
-            gather_before_backward(module, output)
-        elif not self.patch.entered:
+        if named.get("labels") is not None and not self.patch.entered:
             raise RuntimeError(
                 f"{type(self.owner).__name__} computed a loss without calling its patched output projection, so the "
                 "patch has no part in it: its forward, or whatever replaced it, reads the projection's weight itself. "

@@ -64,7 +64,7 @@ class CutLinear(Reentrant, nn.Linear):
             if found:
                 patch.record.count_materialized(reason, _STOCK[reason])
                 return self._stock(input)
-        return LazyLogits.deferred(input if vocabulary is None else vocabulary.enter(input), self, patch.record)
+        return self.lazy(LazyLogits, input if vocabulary is None else vocabulary.enter(input), patch.record)
 
     def _stock(self, input: Tensor) -> Tensor:
         forward = vars(self).get("xhead_stock_forward")  # what tensor parallelism has put around that of nn.Linear

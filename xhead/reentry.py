@@ -5,13 +5,16 @@ Hooks that gather the weight fire around the second call as around any. FSDP2 ca
 call that computes, the first one, and around no other.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xhead.calls import Call, parameter_form, with_gradient, wrappers_of
+from xhead.data_parallel import show
 from xhead.lazy import LazyLogits
+from xhead.standin import Record
 
 
 class Reentrant(nn.Module):
@@ -27,6 +30,23 @@ class Reentrant(nn.Module):
             return self.forward(*args, **named)
         return super().__call__(*args, **named)
 
+    def lazy(self, kind: type[LazyLogits], hidden: Tensor, record: Record) -> LazyLogits:
+        """The logits of a call with these hidden states, not computed yet. hidden: as in `Term`"""
+        if not torch.compiler.is_compiling():
+            return self._lazy(kind, hidden, record)
+        if getattr(self, "_is_fsdp_managed_module", False):
+            return self._lazy_out_of_graph(kind, hidden, record)
+        return kind.deferred(hidden, self, record)  # type: ignore[arg-type]
+
+    def _lazy(self, kind: type[LazyLogits], hidden: Tensor, record: Record) -> LazyLogits:
+        logits = kind.deferred(hidden, Call(self, parameter_form(self), wrappers_of(self)), record)
+        show(logits, self.parameters())
+        return logits
+
+    @torch.compiler.disable(reason="FSDP gathers parameters outside of the graph, and the logits have to tell it when")
+    def _lazy_out_of_graph(self, kind: type[LazyLogits], hidden: Tensor, record: Record) -> LazyLogits:
+        return self._lazy(kind, hidden, record)
+
     def consume(self, hidden: Tensor, function: Callable[..., Any]) -> Any:
         """`function` of the hidden states and the module's own, inside this module's call."""
         group = _waiting_group(self)
@@ -34,32 +54,12 @@ class Reentrant(nn.Module):
             return self(hidden, consume=function)
         self.unshard()  # type: ignore[operator]
         found = self.forward(hidden, consume=function)
-        for each in found if isinstance(found, (tuple, list)) else (found,):
-            if isinstance(each, Tensor) and each.requires_grad:
-                each.register_hook(self._gather)
+        for each in with_gradient(found):
+            each.register_hook(self._gather)
         return found
 
     def _gather(self, gradient: Tensor) -> None:
         self.unshard()  # type: ignore[operator]
-
-
-def gather_before_backward(module: nn.Module, output: Any) -> None:
-    """Have FSDP2 see the hidden states behind lazy logits that leave a module: it looks for tensors in the output.
-
-    Without any, the gradients of parameters in the module's own group would not be reduced, and nothing would say so.
-
-    Raises RuntimeError where only the head is trained, whose gradient passes no hidden states.
-    """
-    if not hasattr(module, "_get_fsdp_state") or not isinstance(output, Mapping):
-        return
-    for logits in (each for each in output.values() if isinstance(each, LazyLogits) and each.requires_grad):
-        for hidden in (term.hidden for term in logits._terms):
-            if not hidden.requires_grad:
-                raise RuntimeError(
-                    f"{type(module).__name__} is sharded by FSDP2 and nothing below its head is trained: give the "
-                    "model its labels, so that the loss is computed inside of it"
-                )
-            hidden.register_hook(module._get_fsdp_state()._pre_backward)  # type: ignore[operator]
 
 
 def _waiting_group(module: nn.Module) -> set[nn.Module] | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import xhead.answers  # noqa: F401  what lazy logits can answer is inherited when a class is made
 from xhead import pointwise
+from xhead.calls import Call
 from xhead.factors import Term
 from xhead.lazy import LazyLogits
 from xhead.reentry import Reentrant
@@ -82,7 +83,7 @@ class Head(Reentrant):
         if is_replica(self):
             patch.record.count_materialized("DataParallel", DATA_PARALLEL)
             return self.logits(hidden)
-        return HeadLogits.deferred(hidden, self, patch.record)  # type: ignore[arg-type]
+        return self.lazy(HeadLogits, hidden, patch.record)
 
     def is_lazy(self) -> bool:
         patch = self.xhead_patch
@@ -158,7 +159,8 @@ class HeadLogits(LazyLogits):
 
     @property
     def head(self) -> Any:
-        return self._terms[0].projection
+        projection = self._terms[0].projection
+        return projection.module if isinstance(projection, Call) else projection
 
     @property
     def hidden(self) -> Tensor:
@@ -181,7 +183,7 @@ class HeadLogits(LazyLogits):
             return function(bound)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._detached):
-            return self.head.consume(self.hidden, receive)
+            return self._terms[0].projection.consume(self.hidden, receive)
 
     def _build(self) -> Tensor:
         def build(bound: HeadLogits) -> Tensor:

@@ -184,9 +184,10 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        student = _Operands(*ctx.saved_tensors[:3], *ctx.options)
-        teacher = _Operands(*ctx.saved_tensors[3:6], *ctx.teacher_options)
-        *lses, slope = ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # to be read once: activation checkpointing refuses a second time
+        student = _Operands(*saved[:3], *ctx.options)
+        teacher = _Operands(*saved[3:6], *ctx.teacher_options)
+        *lses, slope = saved[6:]
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dtype = slope.dtype
         hidden_grad = torch.zeros_like(student.hidden, dtype=dtype) if wants_hidden else None
