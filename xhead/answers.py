@@ -23,7 +23,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """`F.cross_entropy` on lazy logits: the loss that the head was patched with, of the rows whose target counts.
+    """`F.cross_entropy` on lazy logits: the loss that the head was patched with, of the rows whose target counts; inside
+    a loss, cross-entropy.
 
     The reduction, the ignored rows and the class weights' normalisation are those of `F.cross_entropy`.
     """
@@ -67,7 +68,8 @@ def _loss_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss rows, their targets, and which rows they are (None: all, with 0 for a row that is left out)."""
     index = None
-    loss = logits._record.loss or get_loss("cce")
+    loss = get_loss("cce") if logits._inside_loss else logits._record.loss or get_loss("cce")
+    logits._record.answered = True
     if loss.ordered or torch.compiler.is_compiling() or target.device.type != "cpu" or logits._sharded:
         # Finding which rows count would make the host wait for the device; the engines are given the mask instead.
         # Processes that share the classes send one another numbers of a size that does not depend on the labels.
@@ -84,6 +86,7 @@ def _loss_rows(
         if vocabulary is not None:
             described = re.sub(r" at 0x[0-9a-f]+", "", repr(loss))
             vocabulary.exchange(f"loss {described}, with {', '.join(options) or 'no options'}")
+        bound._inside_loss = True
         with torch.autocast(labels.device.type, enabled=False):
             rows = loss(bound, labels, **options)
         if not isinstance(rows, Tensor) or rows.shape != labels.shape:
@@ -173,6 +176,14 @@ class LazyLogProbs(StandIn):
     def _statistic(self, name: str, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A statistic of the logits and their lse, which is computed once."""
         self._record.count_cut()
+        other = None if self._logits._inside_loss else self._record.other_loss()
+        if other is not None and self.requires_grad:
+            self._record.warn(
+                "log_softmax",
+                f"log-probabilities were asked of logits that are patched with the loss {other}: a loss made of them is "
+                "cross-entropy, and not that one",
+                UserWarning,
+            )
         with_grad = torch.is_grad_enabled()
         wanted = (name,) if with_grad in self._lse else (name, "lse")
         found = self._logits.statistics(*wanted, target=target)

@@ -30,7 +30,7 @@ class BeforeForward:
                 self.mend()
             return
         if module is self.owner:
-            self.patch.entered = False
+            self.patch.entered = self.patch.record.answered = False
         self.check()
 
     @torch.compiler.disable(reason="the output projection that xhead patched has been replaced since")
@@ -50,7 +50,7 @@ class BeforeForward:
 
 
 class AfterForward:
-    """Forward hook of the model: with labels and gradients, the patched projection must have been called."""
+    """Forward hook of the model: with labels and gradients, the patched projection must have been called, for its loss."""
 
     def __init__(self, owner: Any, patch: HeadPatch):
         self.owner, self.patch = owner, patch
@@ -63,6 +63,14 @@ class AfterForward:
                 f"{type(self.owner).__name__} computed a loss without calling its patched output projection, so the "
                 "patch has no part in it: its forward, or whatever replaced it, reads the projection's weight itself. "
                 "Undo what replaced it, or call xhead.unpatch(model)"
+            )
+        other = self.patch.record.other_loss()
+        if named.get("labels") is not None and other is not None and not self.patch.record.answered:
+            built = ", ".join(self.patch.record.operations) or "none"
+            raise RuntimeError(
+                f"{type(self.owner).__name__} computed its loss of logits that were built, so it is not {other}, which "
+                f"it was patched with. Logits were built for: {built}. Take out what needs them (an adapter on the "
+                "projection, a step between it and the loss), or call xhead.unpatch(model)"
             )
 
 

@@ -19,7 +19,7 @@ from xhead.pointwise import Steps
 from xhead.recording import Recording
 from xhead.shared_weight import rows_of
 from xhead.standin import Record
-from xhead.statistics import Statistics, check_range, row_statistics
+from xhead.statistics import Statistics, check_range, check_scale, check_softcap, row_statistics
 from xhead.vocabulary import Vocabulary, own_rows
 
 
@@ -60,12 +60,7 @@ class LazyLogits(Recording):
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise RuntimeError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-        if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-            raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
-        if not isinstance(scale, (int, float)):
-            raise TypeError(
-                f"scale must be a number, got {type(scale).__name__}; multiply the logits by a tensor instead"
-            )
+        softcap, scale = check_softcap(softcap), check_scale(scale)
         steps: list[pointwise.Step] = [] if scale == 1 else [("mul", float(scale))]
         if softcap is not None:
             steps += [("div", float(softcap)), ("tanh", None), ("mul", float(softcap))]
@@ -90,6 +85,7 @@ class LazyLogits(Recording):
         self._detached = False
         self._with_grad = torch.is_grad_enabled()
         self._row_mask = None
+        self._inside_loss = False
         self._dense = None
         self._classes = terms[0].projection.out_features
         self._sharded = getattr(terms[0].projection, "vocabulary", None) is not None
@@ -115,6 +111,7 @@ class LazyLogits(Recording):
         self._detached = source._detached
         self._with_grad = source._with_grad
         self._row_mask = source._row_mask
+        self._inside_loss = source._inside_loss
         self._dense = source._dense
         self._classes = source._classes
         self._sharded = source._sharded
@@ -345,3 +342,13 @@ class LazyLogits(Recording):
         with torch.set_grad_enabled(self._with_grad):
             dense = self.evaluate(build)
         return dense.to(self.device, self.dtype)
+
+
+def check_lazy(logits: Any) -> None:
+    """Raise TypeError for logits that are a tensor: what asks them for statistics needs lazy ones."""
+    if isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits must be lazy, xhead.LazyLogits, got a tensor {tuple(logits.shape)}: make them of hidden states and "
+            "weight, xhead.LazyLogits(hidden, weight); or take those of a patched model, which gives tensors where "
+            "gradients are off unless it is patched with lazy_eval=True"
+        )

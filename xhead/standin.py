@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class MaterializedWarning(UserWarning):
-    """Logits were built after all: the result is right, but the memory and time of building them were spent."""
+    """Logits were built after all, with the memory and time that this takes; a loss of them is what the code there says."""
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Record:
     compiled: bool = False
     compiled_materialized: str | None = None
     loss: Any = None
+    answered: bool = False
+    """Whether a cross-entropy was answered with the loss since this was last set to False."""
     warned: set[str] = field(default_factory=set)
 
     def count_cut(self) -> None:
@@ -45,12 +47,17 @@ class Record:
         self.operations[operation] = self.operations.get(operation, 0) + 1
         self.warn(operation, f"`{operation}` needs the logits themselves: {consequence}")
 
-    def warn(self, key: str, message: str) -> None:
+    def other_loss(self) -> str | None:
+        """What the head was patched with, where that is not the cross-entropy that the logits themselves give."""
+        plain = self.loss is None or getattr(self.loss, "is_cross_entropy", False)
+        return None if plain else repr(getattr(self.loss, "name", self.loss))
+
+    def warn(self, key: str, message: str, category: type[Warning] = MaterializedWarning) -> None:
         """Warn once about `key`."""
         if torch.compiler.is_compiling() or key in self.warned:
             return
         self.warned.add(key)
-        warnings.warn(f"xhead: {message}", MaterializedWarning, stacklevel=4)
+        warnings.warn(f"xhead: {message}", category, stacklevel=4)
 
 
 def recorded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,9 +124,12 @@ class StandIn:
 
     def _give_up(self, operation: str) -> Tensor:
         if self._dense is None:
-            size = self.numel() * self.dtype.itemsize
+            size, other = self.numel() * self.dtype.itemsize, self._record.other_loss()
+            meaning = "Slower and larger, not wrong."
+            if other is not None and self.requires_grad:
+                meaning = f"Slower and larger, and a loss computed of them is not {other}, which answers F.cross_entropy."
             self._record.count_materialized(
-                operation, f"{tuple(self.shape)} were built, {_readable(size)}. Slower and larger, not wrong."
+                operation, f"{tuple(self.shape)} were built, {_readable(size)}. {meaning}"
             )
         return self.materialize()
 

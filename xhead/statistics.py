@@ -138,8 +138,8 @@ def row_statistics(
         pointwise=pointwise,
         pointwise_parameters=tuple(float(parameter) for parameter in pointwise_parameters),
         row_mask=None if row_mask is None else row_mask.reshape(-1),
-        scale=float(scale),
-        softcap=_check_softcap(softcap),
+        scale=check_scale(scale),
+        softcap=check_softcap(softcap),
         transform=transform,
         filter=FilterOptions(
             filter_threshold(filter_eps, hidden.dtype), compensate, filter_hidden_grad, filter_weight_grad
@@ -208,7 +208,20 @@ def _class_vector(name: str, vector: Tensor | None, classes: int) -> Tensor | No
     return vector
 
 
-def _check_softcap(softcap: float | None) -> float | None:
+def check_scale(scale: float) -> float:
+    """Raise TypeError for anything but a number: the gradient of a tensor would be lost."""
+    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
+        raise TypeError(
+            f"scale must be a number, got {type(scale).__name__}; multiply lazy logits, xhead.LazyLogits(hidden, weight) "
+            "* scale, by a tensor that is learned"
+        )
+    return float(scale)
+
+
+def check_softcap(softcap: float | None) -> float | None:
+    """Raise TypeError for anything but a number or None, and ValueError for a number that is not positive."""
+    if softcap is not None and not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
     return None if softcap is None else float(softcap)
@@ -281,10 +294,9 @@ def check_range(name: str, index: Tensor, classes: int) -> None:
         # Reading the answer here would make every call wait for the device.
         torch._assert_async(~wrong.any())
     elif wrong.any():
-        raise IndexError(
-            f"{name} {int(index[wrong][0])} is out of bounds: classes are 0 to {classes - 1}; "
-            "mark rows to leave out with ignore_index"
-        )
+        value = int(index[wrong][0])
+        hint = "; leave the rows out, logits[labels != -100], that mark no class" if value == -100 else ""
+        raise IndexError(f"{name} {value} is out of bounds: classes are 0 to {classes - 1}{hint}")
 
 
 def _flat_values(values: Tensor | None, classes: int) -> Tensor | None:

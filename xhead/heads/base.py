@@ -205,6 +205,7 @@ class HeadLoss:
     """The loss of the head that the lazy logits come from, as a loss of the patch: `loss(logits, labels) -> rows`."""
 
     ordered = False
+    is_cross_entropy = True  # that of the head's own logits
 
     def __call__(self, logits: HeadLogits, labels: Tensor, **call_options: Any) -> Tensor:
         head = logits.head

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from xhead.lazy import LazyLogits, check_lazy
 from xhead.losses.composition import SumLoss, check_call_options, parse_sum
 
 
@@ -37,8 +38,10 @@ def register(
     """Register `function(logits, labels, config, **call_options) -> rows` under a name; `config` is a dataclass.
 
     formula, statistics, source: the loss in a line, the names of the row statistics that it asks for, and its paper.
-    The call options are the function's keyword-only arguments. Rows that are ignored are not among the rows, unless
-    `ordered`: then every row is there, in its order, and `logits.row_mask` says which count (None: all).
+    The call options are the function's keyword-only arguments. Rows that are ignored may have been taken out; where
+    `logits.row_mask` is not None every row is there, in its order, and it says which count. That is so on GPUs, in
+    compiled graphs, with shared classes, and everywhere for `ordered`. Statistics of the others are 0, and what the
+    function returns for them is left out: it matters to what looks across rows.
     """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -79,10 +82,17 @@ class RegisteredLoss:
         return not _REGISTRY[self.name].statistics
 
     @property
+    def is_cross_entropy(self) -> bool:
+        """Whether it is what `F.cross_entropy` of the logits without options is, up to the gradient's filter."""
+        config = self.config
+        return self.name == "cce" and config.label_smoothing == config.lse_penalty == 0
+
+    @property
     def call_options(self) -> frozenset[str]:
         return _REGISTRY[self.name].call_options
 
     def __call__(self, logits: Any, labels: Tensor, **call_options: Any) -> Tensor:
+        check_lazy(logits)
         check_call_options(self.name, self.call_options, call_options)
         return _REGISTRY[self.name].function(logits, labels, self.config, **call_options)
 
