@@ -23,8 +23,9 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """`F.cross_entropy` on lazy logits: the loss that the head was patched with, of the rows whose target counts; inside
-    a loss, cross-entropy.
+    """`F.cross_entropy` on lazy logits: the loss that the head was patched with, of the rows whose target counts.
+
+    Inside a loss, it is cross-entropy itself.
 
     The reduction, the ignored rows and the class weights' normalisation are those of `F.cross_entropy`.
     """
@@ -180,8 +181,8 @@ class LazyLogProbs(StandIn):
         if other is not None and self.requires_grad:
             self._record.warn(
                 "log_softmax",
-                f"log-probabilities were asked of logits that are patched with the loss {other}: a loss made of them is "
-                "cross-entropy, and not that one",
+                f"log-probabilities were asked of logits that are patched with the loss {other}: what is made of them "
+                "is cross-entropy, and not that loss",
                 UserWarning,
             )
         with_grad = torch.is_grad_enabled()

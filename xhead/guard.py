@@ -50,7 +50,7 @@ class BeforeForward:
 
 
 class AfterForward:
-    """Forward hook of the model: with labels and gradients, the patched projection must have been called, for its loss."""
+    """Forward hook of the model: with labels and gradients, the loss must be the patched one."""
 
     def __init__(self, owner: Any, patch: HeadPatch):
         self.owner, self.patch = owner, patch

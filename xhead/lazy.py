@@ -5,7 +5,6 @@ A model's own code goes on as if it held logits: it slices rows, scales, caps, a
 builds the logits after all: slower, never wrong, and said once in a `MaterializedWarning`.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -342,13 +341,3 @@ class LazyLogits(Recording):
         with torch.set_grad_enabled(self._with_grad):
             dense = self.evaluate(build)
         return dense.to(self.device, self.dtype)
-
-
-def check_lazy(logits: Any) -> None:
-    """Raise TypeError for logits that are a tensor: what asks them for statistics needs lazy ones."""
-    if isinstance(logits, Tensor):
-        raise TypeError(
-            f"logits must be lazy, xhead.LazyLogits, got a tensor {tuple(logits.shape)}: make them of hidden states and "
-            "weight, xhead.LazyLogits(hidden, weight); or take those of a patched model, which gives tensors where "
-            "gradients are off unless it is patched with lazy_eval=True"
-        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class MaterializedWarning(UserWarning):
-    """Logits were built after all, with the memory and time that this takes; a loss of them is what the code there says."""
+    """Logits were built after all, and the memory and time of building them were spent."""
 
 
 @dataclass
@@ -127,10 +127,10 @@ class StandIn:
             size, other = self.numel() * self.dtype.itemsize, self._record.other_loss()
             meaning = "Slower and larger, not wrong."
             if other is not None and self.requires_grad:
-                meaning = f"Slower and larger, and a loss computed of them is not {other}, which answers F.cross_entropy."
-            self._record.count_materialized(
-                operation, f"{tuple(self.shape)} were built, {_readable(size)}. {meaning}"
-            )
+                meaning = (
+                    f"Slower and larger, and a loss computed of them is not {other}, which answers F.cross_entropy."
+                )
+            self._record.count_materialized(operation, f"{tuple(self.shape)} were built, {_readable(size)}. {meaning}")
         return self.materialize()
 
     @classmethod

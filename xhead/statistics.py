@@ -6,6 +6,7 @@ of them, and so does its gradient; neither needs N x V memory.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -121,6 +122,7 @@ def row_statistics(
     flat = hidden.reshape(-1, hidden.shape[-1])
     _check_names(names, target=target, values=values, columns=columns, pointwise=pointwise)
     _check_pointwise(pointwise, pointwise_parameters)
+    _check_device(hidden, bias=bias, target=target, values=values, columns=columns, mean_weight=mean_weight)
     target = _flat_target(target, rows_shape, classes, row_mask)
     if vocabulary is None:
         _check_target(target, classes)
@@ -202,6 +204,15 @@ def _check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: 
     _class_vector("bias", bias, weight.shape[0])
 
 
+def _check_device(hidden: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise RuntimeError(
+                f"{name} must be on the device of the hidden states, {hidden.device}, got {tensor.device}: move it "
+                "there, with .to(logits.device)"
+            )
+
+
 def _class_vector(name: str, vector: Tensor | None, classes: int) -> Tensor | None:
     if vector is not None and vector.shape != (classes,):
         raise RuntimeError(f"{name} must have shape ({classes},), one number a class, got {tuple(vector.shape)}")
@@ -210,17 +221,17 @@ def _class_vector(name: str, vector: Tensor | None, classes: int) -> Tensor | No
 
 def check_scale(scale: float) -> float:
     """Raise TypeError for anything but a number: the gradient of a tensor would be lost."""
-    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)):
+    if not isinstance(scale, numbers.Real):
         raise TypeError(
-            f"scale must be a number, got {type(scale).__name__}; multiply lazy logits, xhead.LazyLogits(hidden, weight) "
-            "* scale, by a tensor that is learned"
+            f"scale must be a number, got {type(scale).__name__}; a learned one is multiplied with lazy logits, "
+            "xhead.LazyLogits(hidden, weight) * scale"
         )
     return float(scale)
 
 
 def check_softcap(softcap: float | None) -> float | None:
     """Raise TypeError for anything but a number or None, and ValueError for a number that is not positive."""
-    if softcap is not None and not isinstance(softcap, (int, float)):
+    if softcap is not None and not isinstance(softcap, numbers.Real):
         raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")

@@ -41,8 +41,7 @@ def select(name: str, problem: Problem) -> str:
         if left_out and not torch.compiler.is_compiling():
             _tell_of_triton()
         return chosen
-    if name not in _ENGINES:
-        raise ValueError(f'unknown engine {name!r}; known are "auto", {", ".join(map(repr, _ENGINES))}')
+    check_name(name)
     if not _ENGINES[name].eligible(problem):
         able = [other for other, engine in _ENGINES.items() if engine.eligible(problem)]
         raise ValueError(
@@ -50,6 +49,12 @@ def select(name: str, problem: Problem) -> str:
             f"{problem.hidden.device.type} with softcap={problem.softcap}; these can: {', '.join(able)}"
         )
     return name
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless it is `"auto"` or the name of an engine."""
+    if name != "auto" and name not in _ENGINES:
+        raise ValueError(f'unknown engine {name!r}; known are "auto", {", ".join(map(repr, _ENGINES))}')
 
 
 def on_gpu(problem: Problem) -> bool:

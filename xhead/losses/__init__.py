@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from xhead.lazy import LazyLogits, check_lazy
+from xhead import engines
 from xhead.losses.composition import SumLoss, check_call_options, parse_sum
+from xhead.losses.config import check_lazy
 
 
 class Entry(NamedTuple):
@@ -71,6 +72,9 @@ class RegisteredLoss:
 
     name: str
     config: Any
+
+    def __post_init__(self) -> None:
+        engines.check_name(getattr(self.config, "engine", "auto"))
 
     @property
     def ordered(self) -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xhead.lazy import LazyLogits
+from xhead.losses.config import check_lazy
 
 
 def token_logprobs(
@@ -27,6 +28,7 @@ def token_logprobs(
 
     Raises ValueError for labels of another shape than the rows, IndexError for one out of range.
     """
+    check_lazy(logits)
     counted = labels != ignore_index
     found: Any = logits.statistics("lse", "target", target=labels, row_mask=counted, **options)
     return torch.where(counted, found.target - found.lse, 0.0)
@@ -42,6 +44,7 @@ def token_entropy(
     Args:
         options: of `LazyLogits.statistics`, such as `engine`.
     """
+    check_lazy(logits)
     found: Any = logits.statistics("entropy", **({} if mask is None else {"row_mask": mask}), **options)
     return found.entropy
 

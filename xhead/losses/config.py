@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xhead.statistics import filter_threshold
 
@@ -55,3 +56,13 @@ def check_number(
     low = "" if least == -math.inf else f" {'above' if above_least else 'of at least'} {least:g}"
     high = "" if most == math.inf else f" and at most {most:g}"
     raise ValueError(f"{name} must be a finite number{low}{high}, got {value!r}")
+
+
+def check_lazy(logits: Any) -> None:
+    """Raise TypeError for logits that are a tensor: what asks them for statistics needs lazy ones."""
+    if isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits must be lazy, xhead.LazyLogits, got a tensor {tuple(logits.shape)}: make them of hidden states "
+            "and weight, xhead.LazyLogits(hidden, weight); or take those of a patched model, which gives tensors where "
+            "gradients are off unless it is patched with lazy_eval=True"
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xhead.losses import register
-from xhead.losses.config import FilterConfig
+from xhead.losses.config import FilterConfig, check_number
 from xhead.statistics import Statistics, row_statistics
 from xhead.vocabulary import Vocabulary, own_rows
 
@@ -26,6 +26,7 @@ class CrossEntropyConfig(FilterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_smoothing(self.label_smoothing)
+        check_number("lse_penalty", self.lse_penalty, 0)
 
 
 @register(
@@ -65,7 +66,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,  # (V,)
     class_weight: Tensor | None = None,  # (V,)
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     softcap: float | None = None,
@@ -107,6 +108,9 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{reduction} is not a valid value for reduction; allowed are "mean", "sum" and "none"')
     _check_smoothing(label_smoothing)
+    check_number("lse_penalty", lse_penalty, 0)
+    if ignore_index is None:  # torch's default, which is this number
+        ignore_index = -100
     weight, bias, vocabulary = own_rows(weight, bias, vocabulary)
     classes = weight.shape[0] if weight.ndim else 0
     if vocabulary is not None:

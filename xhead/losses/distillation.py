@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from xhead.engines.problem import cap
 from xhead.engines.tiles import tile_shape
 from xhead.lazy import LazyLogits
+from xhead.losses.config import check_lazy
 from xhead.losses.vectors import check_positive
 from xhead.statistics import row_statistics
 
@@ -136,6 +137,8 @@ def _divergence(
     terms: Terms, student: LazyLogits, teacher: LazyLogits, temperature: float, row_mask: Tensor | None
 ) -> Tensor:
     check_positive("temperature", temperature)
+    for logits in (student, teacher):
+        check_lazy(logits)
     if student.shape != teacher.shape:
         raise RuntimeError(
             f"student and teacher must have one shape (..., V), got {tuple(student.shape)} and {tuple(teacher.shape)}; "
