@@ -87,7 +87,7 @@ def test_log_probabilities_are_not_the_patched_loss():
         logits, batch = _logits(loss)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            F.nll_loss(F.log_softmax(logits, -1).flatten(0, 1), batch["labels"].flatten())
+            F.nll_loss(F.log_softmax(logits.flatten(0, 1), -1), batch["labels"].flatten())
             if loss == "cce":
                 F.log_softmax(logits, -1).gather(-1, batch["input_ids"][..., None])
 
