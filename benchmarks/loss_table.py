@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from xhead.engines.problem import STREAMED
 from xhead.losses import Entry, describe_loss, list_losses
+from xhead.losses.config import FilterConfig
 
 
 def loss_table() -> str:
@@ -14,6 +15,17 @@ def loss_table() -> str:
         entry = describe_loss(name)
         statistics = ", ".join(f"`{statistic}`" for statistic in entry.statistics) or "a few logits"
         lines.append(f"| `{name}` | {_escaped(entry.formula)} | {statistics} | {_pass(entry)} | {entry.source} |")
+    return "\n".join(lines)
+
+
+def option_table() -> str:
+    """One line a loss: its options and their defaults, without those that all with the gradient filter have."""
+    shared = {field.name for field in fields(FilterConfig)}
+    lines = ["| loss | options |", "|---|---|"]
+    for name in list_losses():
+        own = [field for field in fields(describe_loss(name).config) if field.init and field.name not in shared]
+        shown = ", ".join(f"`{field.name}={field.default!r}`" for field in own)
+        lines.append(f"| `{name}` | {shown or '-'} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from benchmarks.filter_accuracy import accuracy_table
 from benchmarks.filter_training import training_table as filter_training_table
 from benchmarks.fourier import fourier_page
 from benchmarks.inputs import Softmax, describe
-from benchmarks.loss_table import loss_table
+from benchmarks.loss_table import loss_table, option_table
 from benchmarks.number_tokens import overhead_table
 from benchmarks.report import RESULTS, markdown_table
 from benchmarks.scaling import scaling_table
@@ -193,6 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codebooks": codebooks,
     "ranking": ranking,
     "losses": loss_table,
+    "loss_options": option_table,
     "scaling": scaling_table,
 }
 

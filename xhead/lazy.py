@@ -2,7 +2,7 @@
 
 A model's own code goes on as if it held logits: it slices rows, scales, caps, adds biases, casts, reshapes, and calls
 `F.cross_entropy`. The first kind is written down, the last is answered without the logits. Whatever is not understood
-builds the logits after all: slower, never wrong, and said once in a `MaterializedWarning`.
+builds the logits after all, which is slower and said once in a `MaterializedWarning`.
 """
 
 from collections.abc import Callable

@@ -38,18 +38,20 @@ def patch(
 
     The output projection (`model.get_output_embeddings()`) returns `LazyLogits` wherever gradients are enabled. The
     model slices, scales and caps them as it always does, and its call of `F.cross_entropy` is answered with `loss`.
-    Evaluation and `generate()` get real logits, bit for bit. Nothing is added to checkpoints.
+    Evaluation and `generate()`, without gradients, get real logits, bit for bit, so that an evaluation's loss is
+    cross-entropy whatever `loss` is. Nothing is added to checkpoints.
 
     Args:
         model: a `transformers` model with a linear output projection, tied or not; or one that a PEFT adapter wraps.
         loss: a name of `xhead.list_losses()`, a sum of such with factors (`"cce+0.3*ntl_was"`), or
             `loss(logits, labels) -> rows` with `logits` a `LazyLogits` of shape (n, V), `labels` (n,) int64 and `rows`
-            (n,), one number a row. Ignored rows, the reduction and
-            `num_items_in_batch` stay with the model.
+            (n,), one number a row. Ignored rows, the reduction and `num_items_in_batch` stay with the model; where
+            `logits.row_mask` is not None the ignored rows are still there, and it says which count. Inside a loss
+            `F.cross_entropy(logits, labels, reduction="none")` is cross-entropy.
         head: a name of `xhead.list_heads()`; `"linear"` keeps the model's own projection. Any other takes its
             place, has a loss of its own, is saved with the model and loaded by `xhead.load`; `unpatch` undoes it.
-        lazy_eval: lazy logits without gradients too, for evaluation that wants the loss or the predicted classes alone;
-            the Trainer's `compute_metrics` wants the logits and cannot gather these.
+        lazy_eval: lazy logits without gradients too, for evaluation that wants the patched loss alone, or `argmax` of
+            the logits; the Trainer's `compute_metrics` and `preprocess_logits_for_metrics` cannot gather these.
         options: options of the loss (in a sum, each goes to every term that has it), or of the head.
 
     Returns:

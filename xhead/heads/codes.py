@@ -91,7 +91,7 @@ def cluster(rows: Tensor, codes: int) -> Tensor:  # (R, D) -> (R,)
         from sklearn.cluster import MiniBatchKMeans
     except ImportError as error:
         raise ImportError(
-            'start="kmeans" needs scikit-learn: pip install "xhead[vq]", or start from "frequency" or "random"'
+            'start="kmeans" needs scikit-learn: pip install scikit-learn, or start from "frequency" or "random"'
         ) from error
     if codes == len(rows):
         return torch.arange(codes, device=rows.device)

@@ -63,7 +63,8 @@ class AsymmetricConfig(ExactConfig):
 @register(
     "asymmetric",
     AsymmetricConfig,
-    formula="right classes -(1 - x)^gp log x, wrong ones -z^gn log(1 - z), z = max(x - margin, 0), x = sigmoid(o)",
+    formula="right classes -(1 - x)^gamma_positive log x, wrong ones -z^gamma_negative log(1 - z), "
+    "z = max(x - margin, 0), x = sigmoid(o)",
     statistics=("pointwise_sum", "target"),
     source="arXiv 2009.14119",
 )

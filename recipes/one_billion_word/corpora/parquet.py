@@ -94,7 +94,7 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise RecipeError(f"parquet and datasets need {name.split('.')[0]}: pip install 'xhead[data]'") from error
+        raise RecipeError(f"parquet and datasets need {name.split('.')[0]}: pip install -e '.[data]'") from error
 
 
 def _dataset_lines(dataset: Any) -> Lines:
