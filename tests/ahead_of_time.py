@@ -52,7 +52,7 @@ def kernels(blocks: Blocks, *, capped: bool) -> dict:
         )
     if not capped:
         made["hidden_grad"] = (products._hidden_grad_kernel, product)
-        made["weight_grad"] = (products._weight_grad_kernel, {"HAS_BIAS": False} | product)
+        made["weight_grad"] = (products._weight_grad_kernel, product)
         moment = {"WIDTH": blocks.classes, "BLOCK_D": 2 * blocks.inner, "INNER": blocks.inner}
         made["second_moment"] = (tile_means._moment_kernel, moment)
         classes = {"BLOCK_N": blocks.classes, "BLOCK_V": 2 * blocks.inner, "BLOCK_D": blocks.inner}
@@ -76,8 +76,8 @@ def small_kernels(blocks: Blocks) -> dict:
 def slice_kernels() -> dict:
     """The kernels on slices, which multiply nothing: as the gradient of cross-entropy needs them, and all of them."""
     plain = {"softcap": None, "bias": None, "values": None, "mean_weight": None, "row_offsets": None, "columns": None}
-    plain |= {"POINTWISE": None, "SOFT_TARGET": False, "VALUES": 0, "VALUES_PADDED": 1}
-    full = {"POINTWISE": "asymmetric", "SOFT_TARGET": True, "VALUES": 3, "VALUES_PADDED": 4}
+    plain |= {"POINTWISE": None, "SOFT_TARGET": False}
+    full = {"POINTWISE": "asymmetric", "SOFT_TARGET": True}
     found = {}
     for name, module, wanted in (
         ("slice_statistics", slice_statistics, ("shift_out", "total_out")),
@@ -97,12 +97,12 @@ TYPES = {
     "record": "*i16", "upper": "*i16", "lower": "*u8", "active": "*i8", "active_out": "*i8", "mean": "*bf16",
     "matrix": "*bf16", "direction": "*bf16", "bound": "fp32", "limit": "fp32",
     "mass_unit": "fp32",
-    "order": "*i32", "softcap": "fp32", "gamma": "fp32", "margin": "fp32", "row_offsets": "*i64", "columns": "*i64",
+    "order": "*i32", "softcap": "fp32", "first": "fp32", "second": "fp32", "third": "fp32", "row_offsets": "*i64", "columns": "*i64",
 }  # fmt: skip
 NUMBERS = {
     "rows", "classes", "size", "hidden_stride", "weight_stride", "grad_stride", "tiles", "tiles_per_split",
     "first_block", "first_class", "products_stride", "target_stride", "out_stride", "first_tile", "last_tile",
-    "first_row", "last_row", "first_group", "count", "stride",
+    "first_row", "last_row", "first_group", "count", "stride", "values_count", "values_stride",
 }  # fmt: skip
 # Multiples of 16 in any model worth the speed.
 ALIGNED = {

@@ -119,7 +119,7 @@ def test_columns_of_hidden_and_weight_that_are_apart():
     ("pointwise", "parameters"),
     [
         ("softplus", ()), ("stablemax", ()), ("asymmetric", (0.0, 0.0)), ("asymmetric", (2.0, 0.0)),
-        ("asymmetric", (4.0, 0.05)),
+        ("asymmetric", (4.0, 0.05)), ("adjusted_cosine", (24.0, 3.0, 0.5)),
     ],
 )  # fmt: skip
 def test_pointwise_sums(pointwise, parameters):

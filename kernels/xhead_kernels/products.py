@@ -69,7 +69,6 @@ def _weight_grad_kernel(
     class_start,  # (class blocks + 1,) int64, into `row_block_of`
     row_block_of,  # (tiles of all calls,)
     weight_grad,  # (V, D)
-    bias_grad,  # (V,) float32
     first_tile,
     first_block,
     rows,
@@ -78,7 +77,6 @@ def _weight_grad_kernel(
     hidden_stride,
     grad_stride,
     factor,
-    HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -95,7 +93,6 @@ def _weight_grad_kernel(
         scale = tl.load(factor)
         # What is there already starts the sum, rather than joining it at the end beside a full set of registers.
         total = tl.load(place, mask=inside, other=0.0).to(tl.float32) / scale
-        column_total = tl.zeros((BLOCK_V,), dtype=tl.float32)
         for tile in range(first, last):
             first_row = tl.load(row_block_of + tile) * BLOCK_N
             tile_start = residual + (tile - first_tile) * (BLOCK_N * BLOCK_V)
@@ -108,12 +105,7 @@ def _weight_grad_kernel(
                     other=0.0,
                 )
                 total = multiply_add(tl.trans(left), right, total)
-                if HAS_BIAS:
-                    column_total += tl.sum(left.to(tl.float32), 0)
         tl.store(place, total * scale, mask=inside)
-        if HAS_BIAS and tl.program_id(1) == 0:
-            known = tl.load(bias_grad + column, mask=column < classes, other=0.0)
-            tl.store(bias_grad + column, known + column_total * scale, mask=column < classes)
 
 
 def add_hidden_grad(
@@ -155,7 +147,6 @@ def add_hidden_grad(
 
 def add_weight_grad(
     weight_grad: Tensor,  # (V, D)
-    bias_grad: Tensor | None,  # (V,) float32
     residual: Tensor,  # (tiles, rows of a block, classes of a block), those from `first_tile` on
     hidden: Tensor,  # (N, D)
     order: Tensor | None,  # (V,) int32
@@ -166,7 +157,7 @@ def add_weight_grad(
     class_blocks: tuple[int, int],
     blocks: Blocks,
 ) -> None:
-    """`weight_grad += factor * residual' @ hidden` for some class blocks; the bias gets the residual's column sums."""
+    """`weight_grad += factor * residual' @ hidden` for some class blocks."""
     rows, size = hidden.shape
     width = 2 * blocks.inner
     _weight_grad_kernel[(class_blocks[1] - class_blocks[0], ceil_divide(size, width))](
@@ -176,7 +167,6 @@ def add_weight_grad(
         class_start,
         row_block_of,
         weight_grad,
-        factor if bias_grad is None else bias_grad,
         first_tile,
         class_blocks[0],
         rows,
@@ -185,5 +175,5 @@ def add_weight_grad(
         hidden.stride(0),
         weight_grad.stride(0),
         factor,
-        **blocks.launch(HAS_BIAS=bias_grad is not None, BLOCK_D=width, INNER=min(blocks.inner, blocks.rows)),
+        **blocks.launch(BLOCK_D=width, INNER=min(blocks.inner, blocks.rows)),
     )

@@ -141,7 +141,8 @@ def row_statistics(
             HAS_ARGMAX=argmax,
             RECORD=record is not None,
             DESCRIBED=described,
-            SPECIALISED=described and blocks.specialised,
+            # The compiler cannot give warps their parts where a reduction has two results.
+            SPECIALISED=described and blocks.specialised and not argmax,
         ),
     )
     highest, place = shift.max(0)

@@ -20,11 +20,13 @@ _LAUNCH: dict[str, Any] = {"ROWS": 32, "FEATURES": 128, "num_warps": 4}
 @triton.jit
 def load_sum(upper, lower, place, inside):
     """The float32 sums at some places, 0 outside."""
+    # What follows a return is compiled, too: the other way has to be in an else.
     if lower is None:
         return tl.load(upper + place, mask=inside, other=0.0)
-    high = tl.load(upper + place, mask=inside, other=0).to(tl.int32)
-    low = tl.load(lower + place, mask=inside, other=0).to(tl.int32)
-    return ((high << 16) | (low << 8)).to(tl.float32, bitcast=True)
+    else:
+        high = tl.load(upper + place, mask=inside, other=0).to(tl.int32)
+        low = tl.load(lower + place, mask=inside, other=0).to(tl.int32)
+        return ((high << 16) | (low << 8)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

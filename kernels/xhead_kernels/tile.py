@@ -30,7 +30,8 @@ def classes_at(order, place, classes):
     """The classes at some places of the order, which are the places themselves where there is no order."""
     if order is not None:
         return tl.load(order + place, mask=place < classes, other=classes)
-    return place
+    else:
+        return place
 
 
 @triton.jit

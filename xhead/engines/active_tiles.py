@@ -116,10 +116,10 @@ class ActiveTiles:
                 )  # fmt: skip
             if weight_grad is not None:
                 products.add_weight_grad(
-                    weight_grad, bias_grad, residual, operands.hidden, order, tiles.class_start, tiles.row_block,
+                    weight_grad, residual, operands.hidden, order, tiles.class_start, tiles.row_block,
                     factor, first, class_blocks, shape,
                 )  # fmt: skip
-            elif bias_grad is not None:
+            if bias_grad is not None:
                 self._add_bias_grad(bias_grad, residual, tiles.class_block[first:last], factor)
 
     def _tiles(self) -> _Tiles:
@@ -153,7 +153,6 @@ class ActiveTiles:
         return [*groups, (first, class_blocks)]
 
     def _add_bias_grad(self, bias_grad: Tensor, residual: Tensor, class_block: Tensor, factor: Tensor) -> None:
-        """The bias trains and the weight does not: the residual's columns are summed without a product."""
         width = self.operands.blocks.classes
         place = (class_block.long()[:, None] * width + torch.arange(width, device=self.lse.device)).flatten()
         total = residual.sum(1, dtype=torch.float32).flatten() * factor

@@ -25,7 +25,7 @@ class Slices:
         self.problem, self.operands = problem, operands
         self.rows, self.width = triton_memory.slice_shape(operands.rows.count, problem.vocabulary)
         self.products = torch.empty(self.rows, self.width, dtype=torch.float32, device=problem.hidden.device)
-        self.values = None if problem.values is None else problem.values.float().contiguous()
+        self.values = None if problem.values is None else problem.values.float().T.contiguous()
         self.mean_weight = None if problem.mean_weight is None else problem.mean_weight.float().contiguous()
         self.row_offsets = self.columns = None
         sets = operands.rows.columns()

@@ -35,7 +35,7 @@ D 2,304 on an H100; torch's GEMM has to beat the kernel's by as much.
 """
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MOST_VALUES = 16  # columns of `values` that a program holds in registers
+_MOST_VALUES = 16  # columns of `values`, which a program goes through one after the other
 _FUSED = {"lse", "max", "argmax", "target"}
 
 
