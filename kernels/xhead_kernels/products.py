@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xhead_kernels.blocks import Blocks, ceil_divide
 from xhead_kernels.sums import load_sum, store_sum, upper_of
-from xhead_kernels.tile import classes_at, multiply_add
+from xhead_kernels.tile import listed, multiply_add
 
 
 # What changes from call to call must not make another kernel of it.
@@ -18,6 +18,7 @@ def _hidden_grad_kernel(
     residual,  # (tiles, BLOCK_N, BLOCK_V)
     weight,
     order,  # (V,)
+    row_index,  # (rows,) into the sums
     row_start,  # (calls * row blocks + 1,) int64, into `row_tile`
     row_tile,  # (tiles of all calls,) the tiles sorted by call and row block
     class_block_of,  # (tiles of all calls,)
@@ -46,7 +47,7 @@ def _hidden_grad_kernel(
         first_class = tl.load(class_block_of + tile) * BLOCK_V
         tile_rows = residual + (tile - first_tile).to(tl.int64) * BLOCK_N * BLOCK_V + local_row[:, None] * BLOCK_V
         for start in range(0, BLOCK_V, INNER):
-            column = classes_at(order, first_class + start + inner, classes)
+            column = listed(order, first_class + start + inner, classes)
             left = tl.load(tile_rows + (start + inner)[None, :])
             right = tl.load(
                 weight + column.to(tl.int64)[:, None] * weight_stride + feature[None, :],
@@ -55,7 +56,7 @@ def _hidden_grad_kernel(
             )
             total = multiply_add(left, right, total)
     if first < last:
-        place = row.to(tl.int64)[:, None] * size + feature[None, :]
+        place = listed(row_index, row, rows).to(tl.int64)[:, None] * size + feature[None, :]
         inside = (row < rows)[:, None] & (feature < size)[None, :]
         total = load_sum(upper, lower, place, inside) + total * tl.load(factor)
         store_sum(upper, lower, place, total, inside)
@@ -66,6 +67,7 @@ def _weight_grad_kernel(
     residual,
     hidden,
     order,
+    row_index,  # (rows,) into hidden
     class_start,  # (class blocks + 1,) int64, into `row_block_of`
     row_block_of,  # (tiles of all calls,)
     weight_grad,  # (V, D)
@@ -86,7 +88,7 @@ def _weight_grad_kernel(
     first, last = tl.load(class_start + block), tl.load(class_start + block + 1)
     if first < last:
         local_column, inner = tl.arange(0, BLOCK_V), tl.arange(0, INNER)
-        column = classes_at(order, block * BLOCK_V + local_column, classes)
+        column = listed(order, block * BLOCK_V + local_column, classes)
         feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         place = weight_grad + column.to(tl.int64)[:, None] * grad_stride + feature[None, :]
         inside = (column < classes)[:, None] & (feature < size)[None, :]
@@ -98,12 +100,13 @@ def _weight_grad_kernel(
             tile_start = residual + (tile - first_tile) * (BLOCK_N * BLOCK_V)
             for start in range(0, BLOCK_N, INNER):
                 row = first_row + start + inner
-                left = tl.load(tile_start + (start + inner)[:, None] * BLOCK_V + local_column[None, :])
+                source = listed(row_index, row, rows).to(tl.int64)
                 right = tl.load(
-                    hidden + row.to(tl.int64)[:, None] * hidden_stride + feature[None, :],
+                    hidden + source[:, None] * hidden_stride + feature[None, :],
                     mask=(row < rows)[:, None] & (feature < size)[None, :],
                     other=0.0,
                 )
+                left = tl.load(tile_start + (start + inner)[:, None] * BLOCK_V + local_column[None, :])
                 total = multiply_add(tl.trans(left), right, total)
         tl.store(place, total * scale, mask=inside)
 
@@ -114,6 +117,7 @@ def add_hidden_grad(
     residual: Tensor,  # (tiles, rows of a block, classes of a block), those from `first_tile` on
     weight: Tensor,  # (V, D)
     order: Tensor | None,  # (V,) int32
+    row_index: Tensor | None,  # (rows that count,) int32, where others are beside them
     row_start: Tensor,  # (calls * row blocks + 1,) int64
     row_tile: Tensor,  # (tiles of all calls,) int32
     class_block_of: Tensor,  # (tiles of all calls,) int32
@@ -124,11 +128,13 @@ def add_hidden_grad(
 ) -> None:
     """`hidden_grad += factor * residual @ weight` over the tiles of each block of rows."""
     rows, size = hidden_grad.shape
+    rows = rows if row_index is None else row_index.shape[0]
     width, row_blocks = 2 * blocks.inner, ceil_divide(rows, blocks.rows)
     _hidden_grad_kernel[(row_blocks, ceil_divide(size, width))](
         residual,
         weight,
         order,
+        row_index,
         row_start,
         row_tile,
         class_block_of,
@@ -150,6 +156,7 @@ def add_weight_grad(
     residual: Tensor,  # (tiles, rows of a block, classes of a block), those from `first_tile` on
     hidden: Tensor,  # (N, D)
     order: Tensor | None,  # (V,) int32
+    row_index: Tensor | None,  # (rows that count,) int32, where others are beside them
     class_start: Tensor,  # (class blocks + 1,) int64
     row_block_of: Tensor,  # (tiles of all calls,) int32, sorted by class block
     factor: Tensor,  # (1,) float32
@@ -159,11 +166,13 @@ def add_weight_grad(
 ) -> None:
     """`weight_grad += factor * residual' @ hidden` for some class blocks."""
     rows, size = hidden.shape
+    rows = rows if row_index is None else row_index.shape[0]
     width = 2 * blocks.inner
     _weight_grad_kernel[(class_blocks[1] - class_blocks[0], ceil_divide(size, width))](
         residual,
         hidden,
         order,
+        row_index,
         class_start,
         row_block_of,
         weight_grad,

@@ -57,7 +57,7 @@ def store_first(upper, place, value, inside):
 def _finish_kernel(
     upper,  # (N, D)
     lower,  # (N, D)
-    out,  # (N, D), the memory of upper
+    out,  # (N, D), which may be the memory of upper
     weight,  # (V, D)
     target,  # (N,)
     lone,  # (N,)
@@ -84,15 +84,16 @@ def _finish_kernel(
 
 def finish(
     out: Tensor,  # (N, D), written
+    sums: Tensor,  # (N, D), which may be out itself
     lower: Tensor | None,  # (N, D) uint8
     weight: Tensor,  # (V, D)
     target: Tensor | None,  # (N,)
     lone: Tensor | None,  # (N,) float32
 ) -> None:
-    """Round the sums to their result in place, plus `lone_i weight[target_i]`."""
+    """The sums, plus `lone_i weight[target_i]`, rounded to out's precision."""
     rows, size = out.shape
     _finish_kernel[(ceil_divide(rows, _LAUNCH["ROWS"]), ceil_divide(size, _LAUNCH["FEATURES"]))](
-        upper_of(out, half=lower is not None),
+        upper_of(sums, half=lower is not None),
         lower,
         out,
         weight,
