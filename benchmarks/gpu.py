@@ -2,8 +2,9 @@
 
 One command for a machine with a GPU, within a time that it is given: of 9 minutes, 500 seconds are shared out and the
 rest is for what runs over. What is measured is written after every loss; what failed says why, and what there was no
-time for is named. Where a loss takes the GPU from the process, a new one goes on behind it. A short training run beside stock comes last, then which goals were met and what the engine's constants should
-be. `--smoke` runs the same on tiny shapes on a CPU, in triton's interpreter, to see that the command works.
+time for is named. Where a loss takes the GPU from the process, a new one goes on behind it. A short training run beside
+stock comes last, then which goals were met and what the engine's constants should be. `--smoke` runs the same on tiny
+shapes on a CPU, in triton's interpreter, to see that the command works.
 """
 
 import argparse
