@@ -1,10 +1,13 @@
-"""Made-up text and a tiny model for the tests of the One Billion Word recipe."""
+"""Made-up text and a tiny model for the tests of the One Billion Word recipe; what accelerate's launcher reads."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 
@@ -44,3 +47,17 @@ def tiny_model(vocabulary_size: int, block_length: int = 64) -> LlamaForCausalLM
         use_cache=False,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def launched_environment(file: Path) -> dict[str, str]:
+    """What accelerate's launcher tells the processes that it starts with this configuration file."""
+    line = ["--config_file", str(file), "--main_process_port", "0", "script.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
+    before = dict(os.environ)
+    try:
+        found = prepare_multi_gpu_env(arguments)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    ours = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+    return {key: value for key, value in found.items() if before.get(key) != value and key.startswith(ours)}

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_multi_gpu_env
+from recipe_support import launched_environment
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
@@ -29,19 +28,6 @@ RANKS = 2
 TRAINING = {"gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1}
 
 
-def _environment(name):
-    """What the launcher tells the processes that it starts with this file."""
-    line = ["--config_file", str(FILES / f"{name}.yaml"), "--main_process_port", "0", "script.py"]
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
-    before = dict(os.environ)
-    try:
-        found = prepare_multi_gpu_env(arguments)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return {key: value for key, value in found.items() if before.get(key) != value}
-
-
 CLAIMS = {
     "ddp": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
@@ -54,7 +40,7 @@ CHOICES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PA
 def test_files_say_what_they_claim(name):
     config = load_config_from_file(str(FILES / f"{name}.yaml"))
     assert (config.num_processes, config.use_cpu) == (RANKS, False)
-    environment = _environment(name)
+    environment = launched_environment(FILES / f"{name}.yaml")
     assert {key: environment.get(key) for key in CLAIMS[name]} == CLAIMS[name]
     assert not any(key in environment for key in CHOICES if key not in CLAIMS[name])
 
@@ -124,7 +110,7 @@ def _assert_as_one_process(tied, folder):
 @pytest.mark.filterwarnings("ignore")
 def test_fsdp2(tmp_path):
     """Layers, and a group of the last norm and the head: two processes of two rows are one of four."""
-    in_forks(_sharded, RANKS, tmp_path, str(tmp_path), _environment("fsdp2"))
+    in_forks(_sharded, RANKS, tmp_path, str(tmp_path), launched_environment(FILES / "fsdp2.yaml"))
     for tied in (False, True):
         _assert_as_one_process(tied, tmp_path)
 
@@ -133,5 +119,5 @@ def test_fsdp2(tmp_path):
 def test_tensor_parallel(tmp_path):
     """Both processes have the same rows, and half of the classes each."""
     tiny("LlamaForCausalLM", tie_word_embeddings=False).save_pretrained(tmp_path / "model")
-    in_forks(_split, RANKS, tmp_path, str(tmp_path), _environment("tensor_parallel"))
+    in_forks(_split, RANKS, tmp_path, str(tmp_path), launched_environment(FILES / "tensor_parallel.yaml"))
     _assert_as_one_process(False, tmp_path)

@@ -8,8 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import xhead
+from tests.processes import in_forks
 from tests.test_patch_sharded import RANKS, WRAPPERS, _full
 from tests.tiny import tiny, tokens
 
@@ -74,3 +78,37 @@ def _train(rank, ranks, folder):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_as_one_process(ranks, tmp_path):
     torch.multiprocessing.spawn(_train, (ranks, str(tmp_path)), nprocs=ranks)
+
+
+def _train_split(rank, folder):
+    """The layers are split as transformers plans it; every process has the whole head."""
+    split = DistributedConfig(tp_plan="auto")
+    for head in HEADS:
+        plain = _patched(head)
+        model = xhead.load(f"{folder}/{head}", distributed_config=split).eval()
+        assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor)
+        assert not any(isinstance(parameter, DTensor) for parameter in model.lm_head.parameters())
+        losses = [each(**tokens()).loss for each in (plain, model)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+        for (key, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(
+                _full(actual.grad), expected.grad, msg=lambda text, k=key, n=head: f"{n} {k} {text}"
+            )
+        model.save_pretrained(f"{folder}/{head} again", is_main_process=rank == 0)
+    model = LlamaForCausalLM.from_pretrained(f"{folder}/linear", distributed_config=split)
+    with pytest.raises(ValueError, match="'vq' starts from the output projection's whole weight"):
+        xhead.patch(model, head="vq", codebook_size=4)
+    assert not xhead.status(model).patched
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensor_parallel(tmp_path):
+    tiny("LlamaForCausalLM", tie_word_embeddings=False).save_pretrained(tmp_path / "linear")
+    for head in HEADS:
+        _patched(head).save_pretrained(tmp_path / head)
+    in_forks(_train_split, 2, tmp_path, str(tmp_path))
+    for head in HEADS:
+        again = xhead.load(tmp_path / f"{head} again").eval()
+        assert torch.equal(again(**tokens()).loss, _patched(head)(**tokens()).loss)

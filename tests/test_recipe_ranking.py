@@ -159,6 +159,16 @@ def test_cutoffs_of_the_adaptive_softmax() -> None:
         assert found == sorted(set(found)) and found[0] >= 1 and found[-1] < words
 
 
+def test_a_cluster_without_a_word_in_the_batch_has_a_gradient_of_zeros() -> None:
+    """Processes add their gradients up, and each has its own words."""
+    model = AdaptiveLlama(tiny("LlamaForCausalLM").config)
+    words = torch.tensor([[1, 2, 0, 1]])
+    model(input_ids=words, labels=words).loss.backward()
+    rare = list(model.own_head.tail.parameters())
+    assert all(torch.equal(each.grad, torch.zeros_like(each)) for each in rare)
+    assert len(rare) >= 2
+
+
 def test_the_adaptive_head_counts_labels_as_the_models_of_transformers_do() -> None:
     model = AdaptiveLlama(tiny("LlamaForCausalLM").config)
     ids = torch.randint(4, 60, (2, 12))

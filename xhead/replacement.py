@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from xhead import guard
 from xhead.heads import list_heads, make_head, read_options
@@ -137,6 +138,9 @@ def load(folder: str | Path, model_class: Any = None, *, lazy_eval: bool = False
         linear: Any = projection
         head = make_head(name, linear.in_features, linear.out_features, head_config)
         _install(owner, linear, head.to(linear.weight.device, linear.weight.dtype), head_config, lazy_eval)
+        # The plan for tensor parallelism splits a linear projection: every process has the whole of a head.
+        heads = {path for path, module in self.named_modules() if isinstance(module, Head)}
+        self._tp_plan = {path: rule for path, rule in (self._tp_plan or {}).items() if path not in heads}
 
     def initialise(self: Any, module: nn.Module) -> None:
         # Some classes initialise the projection's weight from outside; the checkpoint holds all that the head needs.
@@ -154,6 +158,12 @@ def load(folder: str | Path, model_class: Any = None, *, lazy_eval: bool = False
 
 def _check_whole(linear: nn.Linear, name: str) -> None:
     """Raise ValueError where the weight that a head starts from is not there, as under DeepSpeed's ZeRO-3."""
+    if isinstance(linear.weight, DTensor):
+        raise ValueError(
+            f"the head {name!r} starts from the output projection's whole weight, and processes hold it in parts: "
+            "patch the whole model, before fully_shard; for tensor parallelism, save that and read it with "
+            "xhead.load(folder, distributed_config=...)"
+        )
     shape = (linear.out_features, linear.in_features)
     if linear.weight.shape != shape:
         raise ValueError(

@@ -28,6 +28,8 @@ from recipes.common.checkpoints import (
     written_aside,
 )
 from recipes.common.errors import RecipeError
+from recipes.common.parts import Parts, in_parts
+from recipes.common.processes import data_processes, is_sharded
 from xhead.losses import get_loss, list_options
 
 RESULT = "result.json"
@@ -74,8 +76,9 @@ def run(
         "model": dataclasses.asdict(model_options),
         "loss_options": run_options.parsed_loss_options,
         "steps": training.max_steps,
-        "batch_size": training.per_device_train_batch_size * training.world_size,
+        "batch_size": training.per_device_train_batch_size * data_processes(training),
         "learning_rate": training.learning_rate,
+        "sharded": is_sharded(),
     }
     state.print(f"data        {problems.name}: {len(problems.train):,} to train on, {len(problems.test):,} to test on")
     runs: dict[str, list[dict[str, Any]]] = {loss: [] for loss in run_options.losses}
@@ -86,8 +89,9 @@ def run(
             done = _finished(place, description, resume=run_options.resume)
             if done is None:
                 model = build_model(model_options, len(tokenizer), data_options.longest + 8, seed)
-                xhead.patch(model, loss=loss, **patches[loss])
-                done = _train(model, batches, problems, place, description, training, run_options.resume, callbacks)
+                parts = in_parts(model, place)
+                xhead.patch(parts.trained, loss=loss, **patches[loss])
+                done = _train(parts, batches, problems, place, description, training, run_options.resume, callbacks)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in done.items() if value is not None)
             state.print(f"seed {seed}  {loss:<20}{shown}", flush=True)
             runs[loss].append(done)
@@ -132,7 +136,7 @@ def _finished(place: Path, description: dict[str, Any], *, resume: bool) -> dict
 
 
 def _train(
-    model: Any,
+    parts: Parts,
     batches: Batches,
     problems: Problems,
     place: Path,
@@ -150,14 +154,15 @@ def _train(
         training, output_dir=str(place), seed=description["seed"], remove_unused_columns=False
     )
     trainer = CheckpointedTrainer(
-        model=model,
+        model=parts.trained,
         args=settings,
         train_dataset=[batches.encode(problem) for problem in problems.train],  # pyright: ignore
         data_collator=batches.training,  # pyright: ignore
         callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    answers = answer(model, batches, problems.test, settings.per_device_eval_batch_size)
+    with parts.gathered() as model:
+        answers = answer(model, batches, problems.test, settings.per_device_eval_batch_size)
     scores = score(answers, [problem.answer for problem in problems.test])
     examples = [[*problem, given] for problem, given in zip(problems.test, answers, strict=True)][:20]
     result = {"run": description, "scores": scores, "history": trainer.state.log_history, "examples": examples}

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import Trainer
 
 from recipes.common.errors import RecipeError
+from recipes.common.processes import shard_on_cpu
 
 DESCRIPTION = "run.json"
 STATE = "trainer_state.json"
@@ -27,6 +28,10 @@ class CheckpointedTrainer(Trainer):
     """
 
     _saving = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        shard_on_cpu()
+        super().create_accelerator_and_postprocess()
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from recipes.common.errors import RecipeError
-from recipes.common.processes import check_launch
+from recipes.common.processes import check_launch, check_training
 
 
 def parse(
@@ -20,6 +20,7 @@ def parse(
         RecipeError: an option is not known, a value is out of range, or the processes were started for something that
             would not happen.
     """
+    check_launch()
     parser = HfArgumentParser(kinds, prog=program, description=description, allow_abbrev=False)  # pyright: ignore
     parser.set_defaults(**defaults)
     try:
@@ -30,7 +31,7 @@ def parse(
         raise RecipeError(f"not understood: {' '.join(unknown)}; --help lists the options")
     for each in parsed:
         if isinstance(each, TrainingArguments):
-            check_launch(each)
+            check_training(each, resume=any(getattr(other, "resume", False) for other in parsed))
     return tuple(parsed)
 
 

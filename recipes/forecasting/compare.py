@@ -10,15 +10,19 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 import xhead
+from recipes.common.checkpoints import CheckpointedTrainer
 from recipes.common.errors import RecipeError
+from recipes.common.parts import in_parts
+from recipes.common.processes import data_processes
 from recipes.forecasting.options import DataOptions, ModelOptions, RunOptions, frequencies_of, parse_options
 from recipes.forecasting.report import write_report
 from recipes.forecasting.scores import forecast
 from recipes.forecasting.series import load_series
 from recipes.forecasting.windows import MISSING, TokenRows, ValueTokens, Windows, split
+from xhead.replacement import has_replaced_head
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,7 +61,7 @@ def run(
         "model": dataclasses.asdict(model_options),
         "run": dataclasses.asdict(run_options),
         "steps": training.max_steps,
-        "batch_size": training.per_device_train_batch_size * training.world_size,
+        "batch_size": training.per_device_train_batch_size * data_processes(training),
         "learning_rate": training.learning_rate,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -67,16 +71,18 @@ def run(
     for seed in run_options.seeds:
         for head in run_options.heads:
             model = build_model(head, tokens, context + horizon, model_options, run_options, seed)
-            _train(model, train, training, seed)
-            found = forecast(
-                model,
-                test,
-                tokens,
-                context,
-                data_options.season,
-                run_options.samples,
-                training.per_device_eval_batch_size,
-            )
+            parts = in_parts(model, Path(str(training.output_dir)))
+            _train(parts.trained, train, training, seed)
+            with parts.gathered():
+                found = forecast(
+                    model,
+                    test,
+                    tokens,
+                    context,
+                    data_options.season,
+                    run_options.samples,
+                    training.per_device_eval_batch_size,
+                )
             scores = {**found.scores, "head_parameters": sum(each.numel() for each in model.lm_head.parameters())}
             line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
             state.print(f"seed {seed}  {head:<14}{line}", flush=True)
@@ -88,7 +94,7 @@ def run(
 def build_model(
     head: str, tokens: ValueTokens, length: int, options: ModelOptions, run_options: RunOptions, seed: int
 ) -> Any:
-    """A Llama from scratch, patched with the head; the same seed gives the same first weights below it.
+    """A Llama from scratch, with the head; the same seed gives the same first weights below it.
 
     Raises:
         RecipeError: more frequencies than the bins carry.
@@ -109,7 +115,7 @@ def build_model(
     model = LlamaForCausalLM(config)
     frequencies = frequencies_of(head)
     if frequencies is None:
-        return xhead.patch(model)
+        return model
     try:
         return xhead.patch(
             model,
@@ -128,4 +134,6 @@ def build_model(
 
 def _train(model: Any, windows: Windows, training: TrainingArguments, seed: int) -> None:
     settings = dataclasses.replace(training, seed=seed, remove_unused_columns=False)
-    Trainer(model=model, args=settings, train_dataset=TokenRows(windows)).train()
+    if not has_replaced_head(model):
+        xhead.patch(model)
+    CheckpointedTrainer(model=model, args=settings, train_dataset=TokenRows(windows)).train()

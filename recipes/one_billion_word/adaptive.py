@@ -55,7 +55,9 @@ class AdaptiveHead(OwnHead):
         return self.own_head.log_prob(hidden)
 
     def loss_sum(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return -self.own_head(hidden, target).output.sum()
+        # A cluster with no word in a batch gets a gradient of zeros, not none: processes meet to add them all up.
+        unused = sum(parameter.sum() for parameter in self.own_head.parameters())
+        return 0 * unused - self.own_head(hidden, target).output.sum()
 
 
 class AdaptiveLlama(AdaptiveHead, LlamaForCausalLM):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.modeling_utils import unwrap_model
 
+from recipes.common.parts import Parts
 from recipes.one_billion_word.packing import PackedSentences
 from recipes.one_billion_word.perplexity import measure_errors, measure_perplexity
 from recipes.one_billion_word.scoring import Scorer
@@ -21,8 +21,9 @@ class ExactValidation(TrainerCallback):
     The Trainer's own evaluation averages the means of batches, which weighs a token of a batch with few tokens more.
     """
 
-    def __init__(self, trainer: Trainer, scorer: Scorer, blocks: PackedSentences, every: int) -> None:
+    def __init__(self, trainer: Trainer, parts: Parts, scorer: Scorer, blocks: PackedSentences, every: int) -> None:
         self.trainer = trainer
+        self.parts = parts
         self.scorer = scorer
         self.blocks = blocks
         self.every = every
@@ -30,17 +31,17 @@ class ExactValidation(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        model = unwrap_model(self.trainer.model)  # pyright: ignore
         how: dict[str, Any] = {
             "batch_size": args.per_device_eval_batch_size,
             "progress": None if args.disable_tqdm or not state.is_local_process_zero else "validating",
         }
-        if self.scorer.defines_probability:
-            measured = measure_perplexity(model, self.blocks, scorer=self.scorer, **how)
-            entry = {"valid_loss": measured.loss, "valid_perplexity": measured.perplexity}
-        else:
-            errors = measure_errors(model, self.blocks, self.scorer, **how)
-            entry = {f"valid_top_{k}_error": error for k, error in errors.items()}
+        with self.parts.gathered() as model:
+            if self.scorer.defines_probability:
+                measured = measure_perplexity(model, self.blocks, scorer=self.scorer, **how)
+                entry = {"valid_loss": measured.loss, "valid_perplexity": measured.perplexity}
+            else:
+                errors = measure_errors(model, self.blocks, self.scorer, **how)
+                entry = {f"valid_top_{k}_error": error for k, error in errors.items()}
         should_log = control.should_log
         self.trainer.log(entry)
         control.should_log = should_log  # logging clears it, and the training loss of this step is logged next

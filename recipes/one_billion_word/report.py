@@ -12,6 +12,8 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, Trainer
 
 import xhead
+from recipes.common.parts import Parts
+from recipes.common.processes import data_processes
 from recipes.one_billion_word.data import Data
 from recipes.one_billion_word.model import count_parameters
 from recipes.one_billion_word.options import LINEAR, STOCK, ModelOptions
@@ -35,13 +37,13 @@ def describe(data: Data, model: PreTrainedModel, options: ModelOptions) -> None:
 
 
 def summarize(
-    data: Data, model: PreTrainedModel, options: ModelOptions, trainer: Trainer, seconds: list[float]
+    data: Data, parts: Parts, options: ModelOptions, trainer: Trainer, seconds: list[float]
 ) -> dict[str, Any]:
     """The results of a training.
 
     Args:
         data: what was trained on.
-        model: what was trained.
+        parts: what was trained.
         options: its head and its loss.
         trainer: after training.
         seconds: of each step.
@@ -53,13 +55,13 @@ def summarize(
     last = max(1, len(train_losses) // 10)
     valid = next((entry for entry in reversed(history) if "valid_loss" in entry), {})
     training = trainer.args
-    blocks = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    blocks = training.train_batch_size * training.gradient_accumulation_steps * data_processes(training)
     results: dict[str, Any] = {
         "data": data.corpus.name,
         "test_set": data.corpus.test_name,
         "vocabulary": len(data.vocabulary),
         "train_tokens": data.train.predicted,
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(parts.whole),
         "head": options.head,
         "loss": options.loss,
         "steps": trainer.state.global_step,
@@ -75,7 +77,7 @@ def summarize(
         "history": history,
     }
     if options.loss != STOCK:
-        status = xhead.status(model)
+        status = xhead.status(parts.trained)
         results["patch"] = {"cut": status.cut, "materialized": status.materialized}
     return results
 

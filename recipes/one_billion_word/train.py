@@ -18,9 +18,10 @@ from recipes.common.checkpoints import (
     written_aside,
 )
 from recipes.common.errors import RecipeError
-from recipes.common.processes import sharding
+from recipes.common.parts import in_parts
+from recipes.common.processes import is_sharded, is_split
 from recipes.one_billion_word.callbacks import ExactValidation, StepTimer
-from recipes.one_billion_word.data import prepare_data
+from recipes.one_billion_word.data import Data, prepare_data
 from recipes.one_billion_word.head_inputs import save_head_inputs
 from recipes.one_billion_word.memory import measure_loss_memory, process_peak, reset_process_peak
 from recipes.one_billion_word.model import apply_loss, build_model, check_loss
@@ -28,8 +29,14 @@ from recipes.one_billion_word.options import LINEAR, DataOptions, ModelOptions, 
 from recipes.one_billion_word.packing import PackedSentences
 from recipes.one_billion_word.perplexity import measure_errors, measure_perplexity
 from recipes.one_billion_word.report import describe, summarize, write_report
-from recipes.one_billion_word.scoring import scorer_of
-from recipes.one_billion_word.spherical import check_spherical, head_callbacks
+from recipes.one_billion_word.scoring import Scorer, scorer_of
+from recipes.one_billion_word.spherical import (
+    SharedHeadParts,
+    SharedHeadTrainer,
+    check_spherical,
+    head_callbacks,
+    is_shared,
+)
 from recipes.one_billion_word.start import load_start
 from recipes.one_billion_word.vq import apply_vq, check_vq, head_facts
 from xhead import roll_call
@@ -64,11 +71,6 @@ def run(
         RecipeError: data, vocabulary, loss or output folder cannot be used.
     """
     state = PartialState()
-    if sharding():
-        raise RecipeError(
-            f"accelerate was asked for {sharding()}, and this recipe measures on whole models, each process on a share "
-            "of the text: launch with recipes/accelerate/ddp.yaml"
-        )
     folder = Path(str(training.output_dir))
     check_loss(model_options)
     check_vq(model_options)
@@ -77,6 +79,8 @@ def run(
         raise RecipeError(
             f"--measure_memory and --save_head_inputs need a linear head, got --head {model_options.head}"
         )
+    if run_options.measure_memory and (is_sharded() or is_split()):
+        raise RecipeError("--measure_memory needs a whole model: launch with recipes/accelerate/ddp.yaml")
     data = prepare_data(data_options, folder / "data")
     model = build_model(model_options, data.vocabulary, data_options.block_length, training.seed)
     load_start(model, model_options, data.vocabulary)
@@ -91,6 +95,8 @@ def run(
         "head_options": model_options.parsed_head_options,
         "start_from": model_options.start_from,
         "seed": training.seed,
+        "sharded": is_sharded(),
+        "head_shared": is_shared(model_options),
     }
     check_description(folder, description, resume=run_options.resume)
     checkpoint = find_checkpoint(folder) if run_options.resume else None
@@ -105,43 +111,60 @@ def run(
         state.print(f"resume      from {checkpoint or 'the beginning: no whole checkpoint was found'}")
 
     timer = StepTimer()
-    trainer = CheckpointedTrainer(
-        model=apply_loss(model, model_options),
+    shared = is_shared(model_options)
+    parts = SharedHeadParts.of(model, model_options) if shared else in_parts(model, folder)
+    trainer_class = SharedHeadTrainer if shared else CheckpointedTrainer
+    trainer = trainer_class(
+        model=apply_loss(parts.trained, model_options),
         args=training,
         train_dataset=data.train,
         data_collator=default_data_collator,
-        callbacks=[timer, *head_callbacks(model, model_options, training), *callbacks],
+        callbacks=[timer, *head_callbacks(parts.trained, model_options, training), *callbacks],
     )
     scorer = scorer_of(model, model_options)
-    trainer.add_callback(ExactValidation(trainer, scorer, data.valid, run_options.valid_steps))
+    trainer.add_callback(ExactValidation(trainer, parts, scorer, data.valid, run_options.valid_steps))
     peak_is_of_training = reset_process_peak()
     with roll_call():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     peak = process_peak()
-    trainer.save_model(str(folder / "model"))
 
-    results = summarize(data, model, model_options, trainer, timer.seconds)
-    results["output_head"] = head_facts(model, model_options, data.vocabulary)
+    results = summarize(data, parts, model_options, trainer, timer.seconds)
     results["process_peak_bytes"] = peak
     results["process_peak_is_of_training_alone"] = peak_is_of_training
-    quiet = training.disable_tqdm or not state.is_main_process
-    batch_size = training.per_device_eval_batch_size
-    errors = measure_errors(model, data.valid, scorer, batch_size=batch_size, progress=None if quiet else "ranking")
-    results["valid"]["top_k_errors"] = {str(k): error for k, error in errors.items()}
-    if run_options.evaluate_test and scorer.defines_probability:
-        progress = None if quiet else "testing"
-        test = measure_perplexity(model, data.test, scorer=scorer, batch_size=batch_size, progress=progress)
-        results["test"] = {"loss": test.loss, "perplexity": test.perplexity, "tokens": test.tokens}
+    with parts.gathered():
+        results["output_head"] = head_facts(model, model_options, data.vocabulary)
+        _measure(model, data, scorer, results, run_options, training)
+        if state.is_main_process:
+            model.save_pretrained(folder / "model")
+            if run_options.measure_memory:
+                results["loss_memory_bytes"] = _loss_memory(model, data.train, trainer)
+            if run_options.save_head_inputs:
+                path = folder / "head_inputs.safetensors"
+                saved = save_head_inputs(model, data.valid, run_options.save_head_inputs, path)
+                print(f"saved       what the head gets for {saved:,} validation tokens in {path}")
     if state.is_main_process:
-        if run_options.measure_memory:
-            results["loss_memory_bytes"] = _loss_memory(model, data.train, trainer)
-        if run_options.save_head_inputs:
-            path = folder / "head_inputs.safetensors"
-            saved = save_head_inputs(model, data.valid, run_options.save_head_inputs, path)
-            print(f"saved       what the head gets for {saved:,} validation tokens in {path}")
         write_report(results, folder)
     state.wait_for_everyone()
     return results
+
+
+def _measure(
+    model: PreTrainedModel,
+    data: Data,
+    scorer: Scorer,
+    results: dict[str, Any],
+    options: RunOptions,
+    training: TrainingArguments,
+) -> None:
+    """Ranking errors on the validation set and the test set's perplexity, into `results`."""
+    quiet = training.disable_tqdm or not PartialState().is_main_process
+    size = training.per_device_eval_batch_size
+    errors = measure_errors(model, data.valid, scorer, batch_size=size, progress=None if quiet else "ranking")
+    results["valid"]["top_k_errors"] = {str(k): error for k, error in errors.items()}
+    if options.evaluate_test and scorer.defines_probability:
+        progress = None if quiet else "testing"
+        test = measure_perplexity(model, data.test, scorer=scorer, batch_size=size, progress=progress)
+        results["test"] = {"loss": test.loss, "perplexity": test.perplexity, "tokens": test.tokens}
 
 
 def _loss_memory(model: PreTrainedModel, blocks: PackedSentences, trainer: Trainer) -> dict[str, int]:

@@ -16,11 +16,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from recipes.common.processes import check_launch
 from xhead.vocabulary import Vocabulary
 
 
 def processes() -> PartialState:
-    """The processes that train together, one where nothing started more; on a GPU where there is one."""
+    """The processes that train together, one where nothing started more; on a GPU where there is one.
+
+    Raises:
+        RecipeError: they were launched to split the model some other way.
+    """
+    check_launch(served=False)
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()
     return PartialState(cpu=cpu)
 
