@@ -182,7 +182,8 @@ def backward(
     tiles, found = None, {}
     if streamed:
         known = results | {"lse": lse, "uniform_mean": uniform_mean}
-        found = {name: rows.take(value) for name, value in known.items()}
+        # Those of the closed forms are not needed, nor are they all one number a row.
+        found = {name: rows.take(value) for name, value in known.items() if name not in problem.other_names}
         if codes.numel() and _filtered(problem, upstream, needs):
             tiles = ActiveTiles(streaming, operands, _record(codes, reference, order, rows.count), found["lse"])
             tiles = tiles if tiles.share <= DENSE_SHARE else None
