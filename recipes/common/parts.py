@@ -41,15 +41,17 @@ class Parts:
         if self.trained is self.whole:
             yield self.whole
             return
-        if not any(isinstance(parameter, DTensor) for parameter in self.trained.parameters()):
-            raise RuntimeError("accelerate was asked for a model in parts, and has left it whole in every process")
-        state = get_model_state_dict(self.trained, options=StateDictOptions(full_state_dict=True))
-        self.whole.load_state_dict(state)
-        del state
+        self._gather()
         try:
             yield self.whole.to(PartialState().device)  # pyright: ignore
         finally:
             self.whole.to("cpu")  # pyright: ignore
+
+    def _gather(self) -> None:
+        if not any(isinstance(parameter, DTensor) for parameter in self.trained.parameters()):
+            raise RuntimeError("accelerate was asked for a model in parts, and has left it whole in every process")
+        state = get_model_state_dict(self.trained, options=StateDictOptions(full_state_dict=True))
+        self.whole.load_state_dict(state)
 
 
 def in_parts(model: PreTrainedModel, folder: Path) -> Parts:

@@ -6,8 +6,6 @@ The head takes plain SGD steps of its own, whatever the optimiser of the rest: `
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,18 +100,11 @@ class SharedHeadParts(Parts):
         trained._keys_to_ignore_on_save = {name for name in trained.state_dict() if name.startswith("own_head.")}
         return cls(trained, model)
 
-    @contextmanager
-    def gathered(self) -> Iterator[PreTrainedModel]:
-        """The whole model, with what training has reached. All processes call it together."""
+    def _gather(self) -> None:
         body = {name: each for name, each in self.trained.state_dict().items() if not name.startswith("own_head.")}
         self.whole.load_state_dict(body, strict=False)
-        del body
         whole, shared = (cast(SphericalOutput, model).own_head for model in (self.whole, self.trained))
         _fill(whole, shared.dense())
-        try:
-            yield self.whole.to(PartialState().device)  # pyright: ignore
-        finally:
-            self.whole.to("cpu")  # pyright: ignore
 
 
 def _fill(head: SphericalHead, rows: Tensor, **options: Any) -> None:
