@@ -34,25 +34,30 @@ ARCHITECTURES = tuple(SHARED_LIMIT)
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
+ROWS = {"": {"row_index": None}, ", ignored rows": {}}  # what a list of the rows that count adds to a kernel's name
+SINGLE = {"lower": None}  # sums that are float32
+
+
 def kernels(blocks: Blocks, *, capped: bool) -> dict:
     """Each kernel with its constants, by name."""
     tile = {"BLOCK_N": blocks.rows, "BLOCK_V": blocks.classes, "BLOCK_D": blocks.inner}
     product = tile | {"BLOCK_D": 2 * blocks.inner, "INNER": blocks.inner}
     options = {"HAS_BIAS": True, "HAS_CAP": capped}
     pointers = {"HAS_ARGMAX": False, "RECORD": True, "DESCRIBED": False, "SPECIALISED": False}
-    made = {
-        "row_statistics": (row_statistics._row_statistics_kernel, options | pointers | tile),
-        "residual": (residual._residual_kernel, options | {"HAS_TARGET": True} | tile),
-    }
+    statistics = row_statistics._row_statistics_kernel
+    made = {}
+    for suffix, rows in ROWS.items():
+        made["row_statistics" + suffix] = (statistics, options | pointers | tile | rows)
+        made["residual" + suffix] = (residual._residual_kernel, options | {"HAS_TARGET": True} | tile | rows)
+        if not capped:
+            made["hidden_grad" + suffix] = (products._hidden_grad_kernel, product | rows)
+            made["weight_grad" + suffix] = (products._weight_grad_kernel, product | rows)
     if blocks.described:
-        described = {"RECORD": False, "DESCRIBED": True, "SPECIALISED": blocks.specialised, "order": None}
-        made["row_statistics, described"] = (
-            row_statistics._row_statistics_kernel,
-            options | pointers | described | tile,
-        )
+        described = options | pointers | {"RECORD": False, "DESCRIBED": True, "order": None} | ROWS[""] | tile
+        made["row_statistics, described"] = (statistics, described | {"SPECIALISED": blocks.specialised})
+        made["row_statistics, described, argmax"] = (statistics, described | {"HAS_ARGMAX": True})
     if not capped:
-        made["hidden_grad"] = (products._hidden_grad_kernel, product)
-        made["weight_grad"] = (products._weight_grad_kernel, {"HAS_BIAS": False} | product)
+        made["hidden_grad, float32 sums"] = (products._hidden_grad_kernel, product | ROWS[""] | SINGLE)
         moment = {"WIDTH": blocks.classes, "BLOCK_D": 2 * blocks.inner, "INNER": blocks.inner}
         made["second_moment"] = (tile_means._moment_kernel, moment)
         classes = {"BLOCK_N": blocks.classes, "BLOCK_V": 2 * blocks.inner, "BLOCK_D": blocks.inner}
@@ -65,10 +70,12 @@ def small_kernels(blocks: Blocks) -> dict:
     group = tile_record._LAUNCH | {"BLOCK_N": blocks.rows}
     found = {
         "block_means": (tile_means._mean_kernel, tile_means._MEAN | {"BLOCK_V": blocks.classes}),
-        "hidden_grad of means": (tile_means._hidden_kernel, tile_means._TILT),
+        "hidden_grad of means": (tile_means._hidden_kernel, tile_means._TILT | ROWS[""]),
+        "hidden_grad of means, ignored rows": (tile_means._hidden_kernel, tile_means._TILT),
         "read_record": (tile_record._read_kernel, group | {"BLOCK_V": blocks.classes}),
         "skipped_mass": (tile_record._mass_kernel, group),
         "finish": (sums._finish_kernel, sums._LAUNCH),
+        "finish, float32 sums": (sums._finish_kernel, sums._LAUNCH | SINGLE),
     }
     return {name: (kernel, constants, constants["num_warps"]) for name, (kernel, constants) in found.items()}
 
@@ -76,8 +83,8 @@ def small_kernels(blocks: Blocks) -> dict:
 def slice_kernels() -> dict:
     """The kernels on slices, which multiply nothing: as the gradient of cross-entropy needs them, and all of them."""
     plain = {"softcap": None, "bias": None, "values": None, "mean_weight": None, "row_offsets": None, "columns": None}
-    plain |= {"POINTWISE": None, "SOFT_TARGET": False, "VALUES": 0, "VALUES_PADDED": 1}
-    full = {"POINTWISE": "asymmetric", "SOFT_TARGET": True, "VALUES": 3, "VALUES_PADDED": 4}
+    plain |= {"POINTWISE": None, "SOFT_TARGET": False}
+    full = {"POINTWISE": "asymmetric", "SOFT_TARGET": True}
     found = {}
     for name, module, wanted in (
         ("slice_statistics", slice_statistics, ("shift_out", "total_out")),
@@ -97,12 +104,13 @@ TYPES = {
     "record": "*i16", "upper": "*i16", "lower": "*u8", "active": "*i8", "active_out": "*i8", "mean": "*bf16",
     "matrix": "*bf16", "direction": "*bf16", "bound": "fp32", "limit": "fp32",
     "mass_unit": "fp32",
-    "order": "*i32", "softcap": "fp32", "gamma": "fp32", "margin": "fp32", "row_offsets": "*i64", "columns": "*i64",
+    "order": "*i32", "softcap": "fp32", "first": "fp32", "second": "fp32", "third": "fp32",
+    "row_offsets": "*i64", "columns": "*i64", "row_index": "*i32",
 }  # fmt: skip
 NUMBERS = {
     "rows", "classes", "size", "hidden_stride", "weight_stride", "grad_stride", "tiles", "tiles_per_split",
     "first_block", "first_class", "products_stride", "target_stride", "out_stride", "first_tile", "last_tile",
-    "first_row", "last_row", "first_group", "count", "stride",
+    "first_row", "last_row", "first_group", "count", "stride", "values_count", "values_stride",
 }  # fmt: skip
 # Multiples of 16 in any model worth the speed.
 ALIGNED = {
@@ -121,6 +129,8 @@ def compiled(kernel, constants: dict, architecture: int, **options: int):
         if constants.get("DESCRIBED") and name in ("hidden", "weight"):
             rows = constants["BLOCK_N" if name == "hidden" else "BLOCK_V"]
             signature[name] = f"tensordesc<bf16[{rows},{constants['BLOCK_D']}]>"
+        if name == "upper" and "lower" in constants:
+            signature[name] = "*fp32"
         if name == "target" and constants.get("SOFT_TARGET"):
             signature[name] = "*bf16"
         if name in ALIGNED or signature[name].startswith("*"):

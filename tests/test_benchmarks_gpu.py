@@ -63,19 +63,70 @@ def test_what_is_not_there_or_fails_is_said(monkeypatch):
     device = torch.device("cpu")
     shape = gpu.Shape(20, 60, 8)
     make = gpu.kinds(shape)["random initialisation"]
-    case = gpu.measure_case(shape, make, candidates, device, gpu.Clock(60.0))
+    case = {}
+    gpu.measure_case(case, shape, make, candidates, device, gpu.Clock(60.0))
     whys = [found["why"] for found in case["results"][:2]]
     assert whys == ["not installed: some-kernels", "RuntimeError: no such kernel"]
     assert case["results"][2]["forward_why"] == "ValueError: only with a gradient"
     assert case["results"][2]["both"] > 0
     assert "not installed: some-kernels" in gpu.table(case)
-    late = gpu.measure_case(shape, make, candidates, device, gpu.Clock(0.0))
+    late = {}
+    gpu.measure_case(late, shape, make, candidates, device, gpu.Clock(0.0))
     assert {found["why"] for found in late["results"]} == {"no time left"}
 
 
 def test_tests_that_do_not_end_are_said_to(tmp_path):
     (tmp_path / "test_slow.py").write_text("import time\ndef test_slow():\n    time.sleep(60)\n")
     assert gpu.run_tests([str(tmp_path / "test_slow.py")], 1.0)["passed"] is None
+
+
+def test_tests_that_fail_are_named(tmp_path):
+    (tmp_path / "test_one.py").write_text("def test_wrong():\n    assert False\ndef test_right():\n    pass\n")
+    found = gpu.run_tests([str(tmp_path / "test_one.py")], 120.0)
+    assert found["passed"] is False
+    assert [name.split("::")[1] for name in found["failures"]] == ["test_wrong"]
+    assert "1 failed, 1 passed" in found["said"]
+
+
+def test_what_loses_the_gpu_costs_the_others_nothing(tmp_path, monkeypatch):
+    """The command starts again, and goes on behind the loss that failed."""
+    lost, starts = [], []
+
+    def losing():
+        lost.append(1)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def again(arguments, seconds):
+        starts.append(arguments)
+        lost.clear()
+        raise SystemExit(gpu.main([*arguments, "--resume", "--tests"]))
+
+    losses = (*gpu_losses.GROUPS["stock"], gpu_losses.Candidate("losing", losing))
+    after = gpu_losses.Candidate("after", gpu_losses.GROUPS["stock"][0].make)
+    monkeypatch.setitem(gpu_losses.GROUPS, "stock", (*losses, after))
+    monkeypatch.setattr(gpu, "usable", lambda device: not lost)
+    monkeypatch.setattr(gpu, "start_again", again)
+    monkeypatch.setattr(gpu.gpu_training, "compare", lambda *_, **__: {"apart": 0.0})
+    output = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit):
+        gpu.main(["--smoke", "--peers", "stock", "--tests", "--output", str(output)])
+    record = json.loads(output.read_text())
+    assert len(starts) == len(record["cases"]) == 2
+    for case in record["cases"]:
+        found = {result["name"]: result for result in case["results"]}
+        assert list(found) == [gpu_losses.STOCK, "losing", "after"]
+        assert found["losing"]["why"] == "RuntimeError: an illegal memory access was encountered"
+        assert found["after"]["both"] > 0
+
+
+def test_inputs_that_cannot_be_made_cost_the_others_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.inputs, "trained_like", lambda *_, **__: [][0])
+    monkeypatch.setattr(gpu.gpu_training, "compare", lambda *_, **__: {}["no such text"])
+    output = tmp_path / "gpu.json"
+    record = gpu.main(["--smoke", "--peers", "stock", "--tests", "--output", str(output)])
+    assert "both" in record["cases"][0]["results"][0]
+    assert record["cases"][1]["why"] == "IndexError: list index out of range"
+    assert record["training"]["why"] == "KeyError: 'no such text'"
 
 
 def test_the_truth_is_that_of_autograd():

@@ -108,12 +108,40 @@ def test_ignored_rows_and_frozen_sides():
 def test_ignored_rows_beside_the_filter():
     hidden, weight, _, target = like_a_language()
     mask = torch.arange(target.shape[0], device=DEVICE) % 3 > 0
+    with torch.no_grad():
+        hidden[~mask] = float("nan")
     mine = gradients((hidden, weight, None, target), filter_eps=2**-6, row_mask=mask)
     rows = hidden[mask].detach().requires_grad_()
     alone = gradients((rows, weight, None, target[mask]), torch.full((int(mask.sum()),), 1 / 140), filter_eps=2**-6)
     assert relative_error(mine[0][mask], alone[0]) < 1e-6
     assert relative_error(mine[1], alone[1]) < 1e-6
     assert torch.all(mine[0][~mask] == 0)
+
+
+@pytest.mark.usefixtures("filter_always")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_closed_forms_and_ignored_rows_beside_the_filter(dtype):
+    """Added to the sums of the tiles for some rows at a time, and to those that count alone."""
+    hidden, weight, bias, target = make(rows=700, classes=300, dtype=dtype, bias=True)
+    mask = torch.rand(700, device=DEVICE) < 0.7
+    columns = torch.randint(300, (700, 2), device=DEVICE)
+    upstream = torch.randn(4, 700, device=DEVICE)
+
+    def gradients_of(tensors, engine, eps):
+        found = row_statistics(
+            *tensors[:2], ("lse", "target", "mean", "variance", "subset_lse"), bias=tensors[2], target=target,
+            columns=columns, row_mask=mask, engine=engine, filter_eps=eps,
+        )  # fmt: skip
+        rows = (found.lse - found.target, found.mean, found.variance, found.subset_lse)
+        total = sum((row * factor).sum() for row, factor in zip(rows, upstream.to(rows[0].dtype), strict=True))
+        return torch.autograd.grad(total, tensors)
+
+    inputs = (hidden, weight, bias)
+    mine = gradients_of(inputs, "triton", 1e-37)
+    true = gradients_of([t.detach().double().requires_grad_() for t in inputs], "reference", None)
+    for one, exact in zip(mine, true, strict=True):
+        assert relative_error(one, exact) < SLACK[dtype]
+    assert not mine[0][~mask].any()
 
 
 @pytest.mark.usefixtures("filter_always")
@@ -267,7 +295,7 @@ def test_kernels_compile_for_gpus_that_are_not_here():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(records) == 55
+    assert len(records) == 86
     for record in records:
         assert record["tensor_core"] and record["fits"], record
         assert record["spilled"] == 0, record

@@ -108,6 +108,21 @@ def test_soft_targets_of_some_rows():
         assert relative_error(one, other) < 1e-5
 
 
+def test_fewer_columns_than_rows_of_which_some_are_ignored():
+    some, mask = case(rows=9), torch.arange(9, device=DEVICE) > 0
+    columns = torch.full((9, 1), -1, device=DEVICE)
+    columns[3] = 7
+    gradients = []
+    for name in ("triton", "chunked"):
+        found = row_statistics(
+            some.hidden, some.weight, ("lse", "column_logits"), bias=some.bias, columns=columns, row_mask=mask,
+            engine=name,
+        )  # fmt: skip
+        gradients.append(torch.autograd.grad(found.lse.sum() - found.column_logits.sum(), some.inputs))
+    for one, other in zip(*gradients, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
 def test_columns_of_hidden_and_weight_that_are_apart():
     some = case()
     some.hidden = torch.randn(19, 11, device=DEVICE).T.requires_grad_()
@@ -119,7 +134,7 @@ def test_columns_of_hidden_and_weight_that_are_apart():
     ("pointwise", "parameters"),
     [
         ("softplus", ()), ("stablemax", ()), ("asymmetric", (0.0, 0.0)), ("asymmetric", (2.0, 0.0)),
-        ("asymmetric", (4.0, 0.05)),
+        ("asymmetric", (4.0, 0.05)), ("adjusted_cosine", (24.0, 3.0, 0.5)),
     ],
 )  # fmt: skip
 def test_pointwise_sums(pointwise, parameters):

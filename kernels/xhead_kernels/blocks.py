@@ -44,7 +44,7 @@ def blocks_for(dtype: torch.dtype, device: torch.device, *, capped: bool) -> Blo
 def blocks_of(dtype: torch.dtype, major: int, *, capped: bool) -> Blocks:
     """The blocks for a compute capability: the largest of which no kernel spills registers."""
     if dtype == torch.float32:
-        return Blocks(64, 128, 32, warps=8, stages=2)
+        return Blocks(64, 128, 16, warps=8, stages=2)
     if major == 9:
         # tanh and its slope need registers beside those of the logits.
         return Blocks(classes=128 if capped else 256, described=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xhead_kernels.blocks import Blocks, ceil_divide
 from xhead_kernels.sums import load_sum, store_sum, upper_of
-from xhead_kernels.tile import classes_at, multiply_add
+from xhead_kernels.tile import listed, multiply_add
 
 
 # What changes from call to call must not make another kernel of it.
@@ -18,6 +18,7 @@ def _hidden_grad_kernel(
     residual,  # (tiles, BLOCK_N, BLOCK_V)
     weight,
     order,  # (V,)
+    row_index,  # (rows,) into the sums
     row_start,  # (calls * row blocks + 1,) int64, into `row_tile`
     row_tile,  # (tiles of all calls,) the tiles sorted by call and row block
     class_block_of,  # (tiles of all calls,)
@@ -46,7 +47,7 @@ def _hidden_grad_kernel(
         first_class = tl.load(class_block_of + tile) * BLOCK_V
         tile_rows = residual + (tile - first_tile).to(tl.int64) * BLOCK_N * BLOCK_V + local_row[:, None] * BLOCK_V
         for start in range(0, BLOCK_V, INNER):
-            column = classes_at(order, first_class + start + inner, classes)
+            column = listed(order, first_class + start + inner, classes)
             left = tl.load(tile_rows + (start + inner)[None, :])
             right = tl.load(
                 weight + column.to(tl.int64)[:, None] * weight_stride + feature[None, :],
@@ -55,7 +56,7 @@ def _hidden_grad_kernel(
             )
             total = multiply_add(left, right, total)
     if first < last:
-        place = row.to(tl.int64)[:, None] * size + feature[None, :]
+        place = listed(row_index, row, rows).to(tl.int64)[:, None] * size + feature[None, :]
         inside = (row < rows)[:, None] & (feature < size)[None, :]
         total = load_sum(upper, lower, place, inside) + total * tl.load(factor)
         store_sum(upper, lower, place, total, inside)
@@ -66,10 +67,10 @@ def _weight_grad_kernel(
     residual,
     hidden,
     order,
+    row_index,  # (rows,) into hidden
     class_start,  # (class blocks + 1,) int64, into `row_block_of`
     row_block_of,  # (tiles of all calls,)
     weight_grad,  # (V, D)
-    bias_grad,  # (V,) float32
     first_tile,
     first_block,
     rows,
@@ -78,7 +79,6 @@ def _weight_grad_kernel(
     hidden_stride,
     grad_stride,
     factor,
-    HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -88,32 +88,27 @@ def _weight_grad_kernel(
     first, last = tl.load(class_start + block), tl.load(class_start + block + 1)
     if first < last:
         local_column, inner = tl.arange(0, BLOCK_V), tl.arange(0, INNER)
-        column = classes_at(order, block * BLOCK_V + local_column, classes)
+        column = listed(order, block * BLOCK_V + local_column, classes)
         feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         place = weight_grad + column.to(tl.int64)[:, None] * grad_stride + feature[None, :]
         inside = (column < classes)[:, None] & (feature < size)[None, :]
         scale = tl.load(factor)
         # What is there already starts the sum, rather than joining it at the end beside a full set of registers.
         total = tl.load(place, mask=inside, other=0.0).to(tl.float32) / scale
-        column_total = tl.zeros((BLOCK_V,), dtype=tl.float32)
         for tile in range(first, last):
             first_row = tl.load(row_block_of + tile) * BLOCK_N
             tile_start = residual + (tile - first_tile) * (BLOCK_N * BLOCK_V)
             for start in range(0, BLOCK_N, INNER):
                 row = first_row + start + inner
-                left = tl.load(tile_start + (start + inner)[:, None] * BLOCK_V + local_column[None, :])
+                source = listed(row_index, row, rows).to(tl.int64)
                 right = tl.load(
-                    hidden + row.to(tl.int64)[:, None] * hidden_stride + feature[None, :],
+                    hidden + source[:, None] * hidden_stride + feature[None, :],
                     mask=(row < rows)[:, None] & (feature < size)[None, :],
                     other=0.0,
                 )
+                left = tl.load(tile_start + (start + inner)[:, None] * BLOCK_V + local_column[None, :])
                 total = multiply_add(tl.trans(left), right, total)
-                if HAS_BIAS:
-                    column_total += tl.sum(left.to(tl.float32), 0)
         tl.store(place, total * scale, mask=inside)
-        if HAS_BIAS and tl.program_id(1) == 0:
-            known = tl.load(bias_grad + column, mask=column < classes, other=0.0)
-            tl.store(bias_grad + column, known + column_total * scale, mask=column < classes)
 
 
 def add_hidden_grad(
@@ -122,6 +117,7 @@ def add_hidden_grad(
     residual: Tensor,  # (tiles, rows of a block, classes of a block), those from `first_tile` on
     weight: Tensor,  # (V, D)
     order: Tensor | None,  # (V,) int32
+    row_index: Tensor | None,  # (rows that count,) int32, where others are beside them
     row_start: Tensor,  # (calls * row blocks + 1,) int64
     row_tile: Tensor,  # (tiles of all calls,) int32
     class_block_of: Tensor,  # (tiles of all calls,) int32
@@ -132,11 +128,13 @@ def add_hidden_grad(
 ) -> None:
     """`hidden_grad += factor * residual @ weight` over the tiles of each block of rows."""
     rows, size = hidden_grad.shape
+    rows = rows if row_index is None else row_index.shape[0]
     width, row_blocks = 2 * blocks.inner, ceil_divide(rows, blocks.rows)
     _hidden_grad_kernel[(row_blocks, ceil_divide(size, width))](
         residual,
         weight,
         order,
+        row_index,
         row_start,
         row_tile,
         class_block_of,
@@ -155,10 +153,10 @@ def add_hidden_grad(
 
 def add_weight_grad(
     weight_grad: Tensor,  # (V, D)
-    bias_grad: Tensor | None,  # (V,) float32
     residual: Tensor,  # (tiles, rows of a block, classes of a block), those from `first_tile` on
     hidden: Tensor,  # (N, D)
     order: Tensor | None,  # (V,) int32
+    row_index: Tensor | None,  # (rows that count,) int32, where others are beside them
     class_start: Tensor,  # (class blocks + 1,) int64
     row_block_of: Tensor,  # (tiles of all calls,) int32, sorted by class block
     factor: Tensor,  # (1,) float32
@@ -166,17 +164,18 @@ def add_weight_grad(
     class_blocks: tuple[int, int],
     blocks: Blocks,
 ) -> None:
-    """`weight_grad += factor * residual' @ hidden` for some class blocks; the bias gets the residual's column sums."""
+    """`weight_grad += factor * residual' @ hidden` for some class blocks."""
     rows, size = hidden.shape
+    rows = rows if row_index is None else row_index.shape[0]
     width = 2 * blocks.inner
     _weight_grad_kernel[(class_blocks[1] - class_blocks[0], ceil_divide(size, width))](
         residual,
         hidden,
         order,
+        row_index,
         class_start,
         row_block_of,
         weight_grad,
-        factor if bias_grad is None else bias_grad,
         first_tile,
         class_blocks[0],
         rows,
@@ -185,5 +184,5 @@ def add_weight_grad(
         hidden.stride(0),
         weight_grad.stride(0),
         factor,
-        **blocks.launch(HAS_BIAS=bias_grad is not None, BLOCK_D=width, INNER=min(blocks.inner, blocks.rows)),
+        **blocks.launch(BLOCK_D=width, INNER=min(blocks.inner, blocks.rows)),
     )

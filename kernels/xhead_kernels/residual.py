@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xhead_kernels.blocks import Blocks
-from xhead_kernels.tile import classes_at, finished, tile_products
+from xhead_kernels.tile import finished, listed, tile_products
 
 
 @triton.jit(do_not_specialize=["first_tile"])
@@ -14,6 +14,7 @@ def _residual_kernel(
     weight,
     bias,
     order,  # (V,)
+    row_index,  # (N,)
     target,  # (N,)
     lse,  # (N,)
     level,  # (N,)
@@ -39,12 +40,14 @@ def _residual_kernel(
     tile = tl.program_id(0)
     local_row, local_column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
     row = tl.load(row_block_of + first_tile + tile) * BLOCK_N + local_row
-    column = classes_at(order, tl.load(class_block_of + first_tile + tile) * BLOCK_V + local_column, classes)
-    products = tile_products(
-        hidden, weight, row, column, rows, classes, size, hidden_stride, weight_stride, BLOCK_N, BLOCK_V, BLOCK_D
-    )
-    logits = finished(products, bias, column, classes, scale, softcap, HAS_BIAS, HAS_CAP)
+    column = listed(order, tl.load(class_block_of + first_tile + tile) * BLOCK_V + local_column, classes)
     row_inside = row < rows
+    source = listed(row_index, row, rows)
+    products = tile_products(
+        hidden, weight, source, column, row_inside, classes, size, hidden_stride, weight_stride, BLOCK_N, BLOCK_V,
+        BLOCK_D,
+    )  # fmt: skip
+    logits = finished(products, bias, column, classes, scale, softcap, HAS_BIAS, HAS_CAP)
     row_lse = tl.load(lse + row, mask=row_inside, other=0.0)
     residual = tl.exp(logits - row_lse[:, None]) * tl.load(level + row, mask=row_inside, other=0.0)[:, None]
     if HAS_TARGET:
@@ -66,6 +69,7 @@ def write_residual_tiles(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     order: Tensor | None,  # (V,) int32, the classes as they lie in the tiles
+    row_index: Tensor | None,  # (N,) int32, where the rows lie in hidden, which may have others
     target: Tensor | None,  # (N,)
     lse: Tensor,  # (N,)
     level: Tensor,  # (N,)
@@ -90,6 +94,7 @@ def write_residual_tiles(
         weight,
         weight if bias is None else bias,
         order,
+        row_index,
         lse if target is None else target,
         lse,
         level,
@@ -98,7 +103,7 @@ def write_residual_tiles(
         class_block_of,
         out,
         first_tile,
-        hidden.shape[0],
+        lse.shape[0],
         weight.shape[0],
         hidden.shape[1],
         hidden.stride(0),

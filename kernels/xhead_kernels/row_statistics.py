@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xhead_kernels.blocks import Blocks, ceil_divide
 from xhead_kernels.descriptors import describable, descriptor
-from xhead_kernels.tile import classes_at, described_products, finished, tile_products
+from xhead_kernels.tile import described_products, finished, listed, tile_products
 from xhead_kernels.tile_record import encoded
 
 
@@ -17,6 +17,7 @@ def _row_statistics_kernel(
     weight,
     bias,
     order,  # (V,)
+    row_index,  # (N,)
     shift_out,  # (splits, N)
     total_out,  # (splits, N)
     argmax_out,  # (splits, N)
@@ -54,16 +55,16 @@ def _row_statistics_kernel(
         record_out += first.to(tl.int64) * rows
         row_reference = tl.load(reference + row, mask=row_inside, other=0.0)
     for tile in tl.range(first, tl.minimum(first + tiles_per_split, tiles), warp_specialize=SPECIALISED):
-        column = classes_at(order, tile * BLOCK_V + tl.arange(0, BLOCK_V), classes)
+        column = listed(order, tile * BLOCK_V + tl.arange(0, BLOCK_V), classes)
         if DESCRIBED:
             products = described_products(hidden, weight, first_row, tile * BLOCK_V, size, BLOCK_N, BLOCK_V, BLOCK_D)
         else:
             products = tile_products(
                 hidden,
                 weight,
-                row,
+                listed(row_index, row, rows),
                 column,
-                rows,
+                row_inside,
                 classes,
                 size,
                 hidden_stride,
@@ -106,21 +107,25 @@ def row_statistics(
     argmax: bool,
     record: Tensor | None = None,  # (tiles, N) int16, written
     reference: Tensor | None = None,  # (N,) float32, what the record is relative to
+    row_index: Tensor | None = None,  # (N,) int32, where the rows lie in hidden, which may have others
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`lse` (N,), `max` (N,) in float32 and `argmax` (N,) where asked for."""
     (rows, size), classes = hidden.shape, weight.shape[0]
+    rows = rows if row_index is None else row_index.shape[0]
     tiles = ceil_divide(classes, blocks.classes)
     row_blocks = ceil_divide(rows, blocks.rows)
     splits = _splits(row_blocks, tiles, hidden.device)
     float_options = {"dtype": torch.float32, "device": hidden.device}
     shift, total = torch.empty(splits, rows, **float_options), torch.empty(splits, rows, **float_options)
     largest = torch.empty(splits, rows, dtype=torch.int64, device=hidden.device) if argmax else None
-    described = order is None and blocks.described and describable(hidden) and describable(weight)
+    described = order is None and row_index is None and blocks.described
+    described = described and describable(hidden) and describable(weight)
     _row_statistics_kernel[(row_blocks, splits)](
         descriptor(hidden, blocks.rows, blocks.inner) if described else hidden,
         descriptor(weight, blocks.classes, blocks.inner) if described else weight,
         weight if bias is None else bias,
         order,
+        row_index,
         shift,
         total,
         shift if largest is None else largest,
@@ -141,7 +146,8 @@ def row_statistics(
             HAS_ARGMAX=argmax,
             RECORD=record is not None,
             DESCRIBED=described,
-            SPECIALISED=described and blocks.specialised,
+            # The compiler cannot give warps their parts where a reduction has two results.
+            SPECIALISED=described and blocks.specialised and not argmax,
         ),
     )
     highest, place = shift.max(0)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xhead_kernels.blocks import ceil_divide
-from xhead_kernels.slices import Slice, in_columns, load_values, slice_logits
+from xhead_kernels.slices import Slice, in_columns, slice_logits
 from xhead_kernels.summands import summand_slope
 
 BLOCK = 1024  # classes of a program
@@ -64,15 +64,16 @@ def _slice_residual_kernel(
     classes,
     products_stride,
     target_stride,
+    values_count,
+    values_stride,
     out_stride,
     scale,
     softcap,
-    gamma,
-    margin,
+    first,
+    second,
+    third,
     POINTWISE: tl.constexpr,
     SOFT_TARGET: tl.constexpr,
-    VALUES: tl.constexpr,
-    VALUES_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(1)
@@ -90,15 +91,16 @@ def _slice_residual_kernel(
             # p is 0 where the logit is -inf, and 0 * -inf would be NaN.
             factor += tl.load(slope_of + row) * tl.where(logits == float("-inf"), 0.0, logits)
         if direction_of is not None:
-            index = tl.arange(0, VALUES_PADDED)
-            direction = tl.load(direction_of + row.to(tl.int64) * VALUES + index, mask=index < VALUES, other=0.0)
-            factor += tl.sum(load_values(values, column, inside, VALUES, VALUES_PADDED) * direction[None, :], 1)
+            for index in range(values_count):
+                direction = tl.load(direction_of + row.to(tl.int64) * values_count + index)
+                of_classes = values + tl.cast(index, tl.int64) * values_stride + column
+                factor += direction * tl.load(of_classes, mask=inside, other=0.0)
         residual += tl.exp(logits - tl.load(lse_of + row)) * factor
     if complement_of is not None:
         share = tl.exp(logits - tl.load(complement_lse_of + row)) * tl.load(complement_of + row)
         residual += tl.where(in_columns(column, row_offsets, columns, row, BLOCK), 0.0, share)
     if pointwise_of is not None:
-        residual += tl.load(pointwise_of + row) * summand_slope(finite, gamma, margin, POINTWISE)
+        residual += tl.load(pointwise_of + row) * summand_slope(finite, first, second, third, POINTWISE)
     if target_of is not None:
         upstream = tl.load(target_of + row)
         if SOFT_TARGET:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xhead_kernels.blocks import ceil_divide
-from xhead_kernels.slices import Slice, in_columns, load_values, slice_logits
+from xhead_kernels.slices import Slice, in_columns, slice_logits
 from xhead_kernels.summands import summand_value
 
 BLOCK = 2048  # classes a program sums up
@@ -28,7 +28,7 @@ def _slice_statistics_kernel(
     total_out,
     argmax_out,
     entropy_out,
-    expectation_out,  # (blocks, n, VALUES)
+    expectation_out,  # (blocks, n, M)
     complement_shift_out,
     complement_total_out,
     pointwise_sum_out,
@@ -41,14 +41,15 @@ def _slice_statistics_kernel(
     classes,
     products_stride,
     target_stride,
+    values_count,
+    values_stride,
     scale,
     softcap,
-    gamma,
-    margin,
+    first,
+    second,
+    third,
     POINTWISE: tl.constexpr,
     SOFT_TARGET: tl.constexpr,
-    VALUES: tl.constexpr,
-    VALUES_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1)
@@ -70,9 +71,10 @@ def _slice_statistics_kernel(
         relative = tl.where(logits == float("-inf"), 0.0, logits - base)
         tl.store(entropy_out + place, tl.sum(exponentials * relative, 0))
     if expectation_out is not None:
-        moment = tl.sum(load_values(values, column, inside, VALUES, VALUES_PADDED) * exponentials[:, None], 0)
-        index = tl.arange(0, VALUES_PADDED)
-        tl.store(expectation_out + place * VALUES + index, moment, mask=index < VALUES)
+        for index in range(values_count):
+            of_classes = values + tl.cast(index, tl.int64) * values_stride + column
+            moment = tl.sum(tl.load(of_classes, mask=inside, other=0.0) * exponentials, 0)
+            tl.store(expectation_out + place * values_count + index, moment)
     if complement_shift_out is not None:
         others = tl.where(in_columns(column, row_offsets, columns, row, BLOCK), float("-inf"), logits)
         others_shift = tl.max(others, 0)
@@ -80,7 +82,7 @@ def _slice_statistics_kernel(
         tl.store(complement_shift_out + place, others_shift)
         tl.store(complement_total_out + place, tl.sum(tl.exp(others - others_base), 0))
     if pointwise_sum_out is not None:
-        summands = summand_value(finite, gamma, margin, POINTWISE)
+        summands = summand_value(finite, first, second, third, POINTWISE)
         tl.store(pointwise_sum_out + place, tl.sum(tl.where(inside, summands, 0.0), 0))
     if target_out is not None:
         share = tl.load(target + row.to(tl.int64) * target_stride + local, mask=inside, other=0.0).to(tl.float32)
@@ -121,7 +123,7 @@ def slice_statistics(part: Slice, names: tuple[str, ...]) -> dict[str, Tensor]:
         found["argmax"] = torch.empty(shape, dtype=torch.int64, device=part.products.device)
     if "expectation" in names:
         assert part.values is not None
-        found["expectation"] = torch.empty(*shape, part.values.shape[1], **options)
+        found["expectation"] = torch.empty(*shape, part.values.shape[0], **options)
     options: dict[str, Any] = {f"{key}_out": found.get(key) for key in _OUTPUTS}
     options |= {**part.arguments(), "BLOCK": BLOCK, "num_warps": WARPS}
     _slice_statistics_kernel[shape](**options)

@@ -18,7 +18,7 @@ class Slice(NamedTuple):
     scale: float
     softcap: float | None
     target: Tensor | None = None  # (n,) class indices, or (n, c) probabilities
-    values: Tensor | None = None  # (V, M) float32
+    values: Tensor | None = None  # (M, V) float32: classes are neighbours, as they are in a row of products
     mean_weight: Tensor | None = None  # (V,) float32
     row_offsets: Tensor | None = None  # (n + 1,), with `columns` the sets of columns in compressed-row form
     columns: Tensor | None = None  # (sum of the sets' sizes,), ascending in each row
@@ -27,7 +27,7 @@ class Slice(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """What both kernels on slices take, by parameter."""
-        gamma, margin = self.pointwise_parameters or (0.0, 0.0)
+        first, second, third = (*self.pointwise_parameters, 0.0, 0.0, 0.0)[:3]
         return {
             "products": self.products,
             "bias": self.bias,
@@ -43,12 +43,13 @@ class Slice(NamedTuple):
             "target_stride": 0 if self.target is None else self.target.stride(0),
             "scale": self.scale,
             "softcap": self.softcap,
-            "gamma": gamma,
-            "margin": margin if margin > 0 else None,
+            "first": first,
+            "second": None if self.pointwise == "asymmetric" and second <= 0 else second,
+            "third": third,
             "POINTWISE": self.pointwise,
             "SOFT_TARGET": self.target is not None and self.target.ndim == 2,
-            "VALUES": 0 if self.values is None else self.values.shape[1],
-            "VALUES_PADDED": 1 if self.values is None else triton.next_power_of_2(self.values.shape[1]),
+            "values_count": 0 if self.values is None else self.values.shape[0],
+            "values_stride": 0 if self.values is None else self.values.stride(0),
         }
 
 
@@ -75,11 +76,3 @@ def in_columns(column, row_offsets, columns, row, BLOCK: tl.constexpr):
         if (listed >= lowest) & (listed < lowest + BLOCK):
             found = found | (column == listed)
     return found
-
-
-@triton.jit
-def load_values(values, column, inside, VALUES: tl.constexpr, VALUES_PADDED: tl.constexpr):
-    """(BLOCK, VALUES_PADDED), 0 beyond VALUES"""
-    index = tl.arange(0, VALUES_PADDED)
-    place = column.to(tl.int64)[:, None] * VALUES + index[None, :]
-    return tl.load(values + place, mask=inside[:, None] & (index < VALUES)[None, :], other=0.0)

@@ -40,33 +40,48 @@ def log_of_rest(x, u, margin):
 
 
 @triton.jit
-def summand_value(x, gamma, margin, NAME: tl.constexpr):
-    """s(x), by the name of the function; gamma and margin (None for 0) are those of `asymmetric`."""
+def power_of(x, power):
+    """`x^power` for x >= 0, and for 0 that of the smallest number that is not."""
+    return tl.exp(power * tl.log(tl.maximum(x, TINY)))
+
+
+@triton.jit
+def summand_value(x, first, second, third, NAME: tl.constexpr):
+    """s(x), by the name of the function.
+
+    Its parameters: `asymmetric` has gamma and margin (None for 0), `adjusted_cosine` scale, power and offset.
+    """
     if NAME == "softplus":
         return softplus(x)
     elif NAME == "stablemax":
         return tl.where(x < 0, 1 / (1 - x), x + 1)
+    elif NAME == "asymmetric":
+        u = shifted(x, second)
+        return -power_of(u, first) * log_of_rest(x, u, second)
     else:
-        tl.static_assert(NAME == "asymmetric")
-        u = shifted(x, margin)
-        return -tl.exp(gamma * tl.log(u)) * log_of_rest(x, u, margin)
+        tl.static_assert(NAME == "adjusted_cosine")
+        return softplus(first * (2 * power_of(x / (2 * first) + 0.5, second) - 1) + third)
 
 
 @triton.jit
-def summand_slope(x, gamma, margin, NAME: tl.constexpr):
+def summand_slope(x, first, second, third, NAME: tl.constexpr):
     """s'(x)"""
     if NAME == "softplus":
         return tl.sigmoid(x)
     elif NAME == "stablemax":
         return tl.where(x >= 0, 1.0, 1 / ((1 - x) * (1 - x)))
-    else:
-        tl.static_assert(NAME == "asymmetric")
-        u = shifted(x, margin)
-        log_rest = log_of_rest(x, u, margin)
-        power, positive, negative = tl.exp(gamma * tl.log(u)), tl.sigmoid(x), tl.sigmoid(-x)
+    elif NAME == "asymmetric":
+        u = shifted(x, second)
+        log_rest = log_of_rest(x, u, second)
+        power, positive, negative = power_of(u, first), tl.sigmoid(x), tl.sigmoid(-x)
         # u^gamma (1 / (1 - u) - gamma log(1 - u) / u) du/dx
-        if margin is None:
-            return power * (positive - gamma * negative * log_rest)
+        if second is None:
+            return power * (positive - first * negative * log_rest)
         else:
-            slope = power * (1 / (1 - u) - gamma * log_rest / u) * positive * negative
-            return tl.where(positive <= margin, 0.0, slope)
+            slope = power * (1 / (1 - u) - first * log_rest / u) * positive * negative
+            return tl.where(positive <= second, 0.0, slope)
+    else:
+        tl.static_assert(NAME == "adjusted_cosine")
+        base = x / (2 * first) + 0.5
+        slope = tl.sigmoid(first * (2 * power_of(base, second) - 1) + third)
+        return slope * second * power_of(base, second - 1)

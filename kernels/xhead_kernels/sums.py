@@ -20,11 +20,13 @@ _LAUNCH: dict[str, Any] = {"ROWS": 32, "FEATURES": 128, "num_warps": 4}
 @triton.jit
 def load_sum(upper, lower, place, inside):
     """The float32 sums at some places, 0 outside."""
+    # What follows a return is compiled, too: the other way has to be in an else.
     if lower is None:
         return tl.load(upper + place, mask=inside, other=0.0)
-    high = tl.load(upper + place, mask=inside, other=0).to(tl.int32)
-    low = tl.load(lower + place, mask=inside, other=0).to(tl.int32)
-    return ((high << 16) | (low << 8)).to(tl.float32, bitcast=True)
+    else:
+        high = tl.load(upper + place, mask=inside, other=0).to(tl.int32)
+        low = tl.load(lower + place, mask=inside, other=0).to(tl.int32)
+        return ((high << 16) | (low << 8)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def store_first(upper, place, value, inside):
 def _finish_kernel(
     upper,  # (N, D)
     lower,  # (N, D)
-    out,  # (N, D), the memory of upper
+    out,  # (N, D), which may be the memory of upper
     weight,  # (V, D)
     target,  # (N,)
     lone,  # (N,)
@@ -82,15 +84,16 @@ def _finish_kernel(
 
 def finish(
     out: Tensor,  # (N, D), written
+    sums: Tensor,  # (N, D), which may be out itself
     lower: Tensor | None,  # (N, D) uint8
     weight: Tensor,  # (V, D)
     target: Tensor | None,  # (N,)
     lone: Tensor | None,  # (N,) float32
 ) -> None:
-    """Round the sums to their result in place, plus `lone_i weight[target_i]`."""
+    """The sums, plus `lone_i weight[target_i]`, rounded to out's precision."""
     rows, size = out.shape
     _finish_kernel[(ceil_divide(rows, _LAUNCH["ROWS"]), ceil_divide(size, _LAUNCH["FEATURES"]))](
-        upper_of(out, half=lower is not None),
+        upper_of(sums, half=lower is not None),
         lower,
         out,
         weight,

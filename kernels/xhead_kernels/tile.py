@@ -26,11 +26,12 @@ def capped(logits, softcap):
 
 
 @triton.jit
-def classes_at(order, place, classes):
-    """The classes at some places of the order, which are the places themselves where there is no order."""
+def listed(order, place, count):
+    """What a list of `count` rows or classes names at some places: the places themselves where there is no list."""
     if order is not None:
-        return tl.load(order + place, mask=place < classes, other=classes)
-    return place
+        return tl.load(order + place, mask=place < count, other=count)
+    else:
+        return place
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def tile_products(
     weight,  # (V, D)
     row,  # (BLOCK_N,) rows of hidden
     column,  # (BLOCK_V,) rows of weight
-    rows,
+    row_inside,  # (BLOCK_N,) which of the rows there are
     classes,
     size,
     hidden_stride,
@@ -50,7 +51,7 @@ def tile_products(
 ):
     """`hidden @ weight.T` (BLOCK_N, BLOCK_V) of any rows and classes in float32; 0 inputs outside the matrices."""
     inner = tl.arange(0, BLOCK_D)
-    row_inside, column_inside = row < rows, column < classes
+    column_inside = column < classes
     # A row times its stride leaves 32 bits at the sizes this is for.
     hidden_rows = hidden + row.to(tl.int64)[:, None] * hidden_stride
     weight_rows = weight + column.to(tl.int64)[:, None] * weight_stride

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xhead_kernels.blocks import Blocks, ceil_divide
 from xhead_kernels.sums import store_first, upper_of
-from xhead_kernels.tile import classes_at, multiply_add, tile_products
+from xhead_kernels.tile import listed, multiply_add, tile_products
 
 _MEAN: dict[str, Any] = {"FEATURES": 128, "INNER": 32, "num_warps": 4}
 _TILT: dict[str, Any] = {"ROWS": 16, "FEATURES": 256, "num_warps": 4}
@@ -31,7 +31,7 @@ def _mean_kernel(
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     total = tl.zeros((FEATURES,), dtype=tl.float32)
     for start in range(0, BLOCK_V, INNER):
-        column = classes_at(order, tile * BLOCK_V + start + tl.arange(0, INNER), classes)
+        column = listed(order, tile * BLOCK_V + start + tl.arange(0, INNER), classes)
         inside = (column < classes)[:, None] & (feature < size)[None, :]
         rows = tl.load(weight + column.to(tl.int64)[:, None] * weight_stride + feature[None, :], mask=inside, other=0.0)
         total += tl.sum(rows.to(tl.float32), 0)
@@ -65,7 +65,7 @@ def _moment_kernel(
         vector = tl.zeros((BLOCK_D,), dtype=tl.float32)
         for start in range(0, count, INNER):
             place = start + inner
-            source = matrix + classes_at(order, place, count).to(tl.int64)[:, None] * stride
+            source = matrix + listed(order, place, count).to(tl.int64)[:, None] * stride
             inside = (place < count)[:, None]
             left = tl.load(source + high[None, :], mask=inside & (high < size)[None, :], other=0.0)
             right = tl.load(source + low[None, :], mask=inside & (low < size)[None, :], other=0.0)
@@ -94,14 +94,15 @@ def _moment_kernel(
 def _hidden_kernel(
     of_means,  # (n, D) of some rows, as all that follow up to `product`
     product,
-    hidden,  # (N, D), all rows, as all that follow
+    hidden,  # (all rows, D)
+    row_index,  # (N,)
     with_bias,  # (D,)
     centre_bias,  # (n,) of some rows
-    mass,
+    mass,  # (N,), as all that follow up to `level`
     moment,
     level,
     factor,  # (1,)
-    upper,  # (N, D)
+    upper,  # (all rows, D)
     first_row,
     last_row,
     size,
@@ -114,6 +115,7 @@ def _hidden_kernel(
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = first_row + local
     row_inside = row < last_row
+    source = listed(row_index, row, last_row).to(tl.int64)
     local_place = local.to(tl.int64)[:, None] * size
     coefficient = tl.zeros((ROWS,), dtype=tl.float32)
     if product is not None:
@@ -122,9 +124,9 @@ def _hidden_kernel(
         for start in range(0, size, FEATURES):
             feature = start + tl.arange(0, FEATURES)
             inside = row_inside[:, None] & (feature < size)[None, :]
-            states = tl.load(
-                hidden + row.to(tl.int64)[:, None] * hidden_stride + feature[None, :], mask=inside, other=0.0
-            ).to(tl.float32)
+            states = tl.load(hidden + source[:, None] * hidden_stride + feature[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
             centre += tl.sum(tl.load(of_means + local_place + feature[None, :], mask=inside, other=0.0) * states, 1)
             moved = tl.load(product + local_place + feature[None, :], mask=inside, other=0.0)
             if with_bias is not None:
@@ -148,7 +150,7 @@ def _hidden_kernel(
             if with_bias is not None:
                 moved += tl.load(with_bias + feature, mask=feature < size, other=0.0)[None, :]
             value += coefficient[:, None] * moved
-        store_first(upper, row.to(tl.int64)[:, None] * size + feature[None, :], value * row_level[:, None], inside)
+        store_first(upper, source[:, None] * size + feature[None, :], value * row_level[:, None], inside)
 
 
 @triton.jit(do_not_specialize=["first_tile"])
@@ -170,13 +172,14 @@ def _class_kernel(
 ):
     local = tl.program_id(0)
     tile = first_tile + local
-    column = classes_at(order, tile * BLOCK_N + tl.arange(0, BLOCK_N), classes)
+    column = listed(order, tile * BLOCK_N + tl.arange(0, BLOCK_N), classes)
     feature = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     value = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if direction is not None:
         value = tile_products(
-            weight, direction, column, feature, classes, size, size, weight_stride, size, BLOCK_N, BLOCK_V, BLOCK_D
-        )
+            weight, direction, column, feature, column < classes, size, size, weight_stride, size, BLOCK_N, BLOCK_V,
+            BLOCK_D,
+        )  # fmt: skip
         value *= tl.load(coefficient + tile)
     value += tl.load(rest + local.to(tl.int64) * size + feature, mask=feature < size, other=0.0)[None, :]
     place = weight_grad + column.to(tl.int64)[:, None] * grad_stride + feature[None, :]
@@ -195,12 +198,12 @@ def block_means(weight: Tensor, order: Tensor, blocks: Blocks) -> Tensor:
 
 def second_moment(
     out: Tensor,  # (D, D), written
-    matrix: Tensor,  # (n, D)
+    matrix: Tensor,  # (n, D), or more rows
     share: Tensor,  # (n,) float32, of size 1 at most
     unit: Tensor,  # (1,) float32
     blocks: Blocks,
     *,
-    order: Tensor | None = None,  # (n,)
+    order: Tensor | None = None,  # (n,), where the matrix may have other rows, too
     mean: Tensor | None = None,  # (n / width, D)
     width: int = 1,
     deviation: Tensor | None = None,  # (n,)
@@ -209,7 +212,7 @@ def second_moment(
 
     With deviations, also `unit sum_k share_k deviation_k (x_k - mean)`: (D,).
     """
-    count, size = matrix.shape
+    count, size = share.shape[0], matrix.shape[1]
     vector = None if deviation is None else torch.empty(size, dtype=torch.float32, device=matrix.device)
     across = ceil_divide(size, 2 * blocks.inner)
     _moment_kernel[(across, across)](
@@ -220,11 +223,12 @@ def second_moment(
 
 
 def write_hidden_grad(
-    hidden_grad: Tensor,  # (N, D), the sums, as `sums` keeps them
+    hidden_grad: Tensor,  # (all rows, D), the sums, as `sums` keeps them
     half: bool,
     of_means: Tensor,  # (n, D) float32, `sum_b m_ib wbar_b` of some rows
     product: Tensor | None,  # (n, D) float32, `G h_i`; None without a tilt
-    hidden: Tensor,  # (N, D)
+    hidden: Tensor,  # (all rows, D)
+    row_index: Tensor | None,  # (N,) int32, the rows that count; None for all
     with_bias: Tensor | None,  # (D,) float32
     centre_bias: Tensor | None,  # (n,) float32, `sum_b m_ib bias_b`
     mass: Tensor,  # (N,) float32
@@ -239,7 +243,7 @@ def write_hidden_grad(
     """`factor level_i (sum_b m_ib wbar_b + tilt_i m_i scale (G h_i + with_bias))`, tilt_i at most `limit`."""
     size = hidden.shape[1]
     _hidden_kernel[(ceil_divide(rows[1] - rows[0], _TILT["ROWS"]),)](
-        of_means, product, hidden, with_bias, centre_bias, mass, moment, level, factor,
+        of_means, product, hidden, row_index, with_bias, centre_bias, mass, moment, level, factor,
         upper_of(hidden_grad, half=half), *rows, size, hidden.stride(0), scale, limit, **_TILT,
     )  # fmt: skip
 

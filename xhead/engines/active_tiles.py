@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xhead.engines.gram import ClosedFormGradient
 from xhead.engines.operands import Operands, kernels
 from xhead.engines.problem import Problem, Results, cap_slope
 from xhead.engines.row_sums import RowSums
@@ -52,7 +53,8 @@ class ActiveTiles:
         self,
         upstream: Results,  # of lse and target, each (n,)
         target_logit: Tensor | None,  # (n,)
-        sums: RowSums | None,  # of the hidden states' gradient, 0; finished here
+        sums: RowSums | None,  # of the hidden states' gradient, 0; finished here, with the closed forms'
+        closed_form: ClosedFormGradient,
         weight_grad: Tensor | None,  # (V, D), written
         bias_grad: Tensor | None,  # (V,) float32, 0
     ) -> None:
@@ -73,7 +75,8 @@ class ActiveTiles:
             lone = lone.masked_fill_(self._target_active(), 0.0)
             self._add_lone_targets(weight_grad, bias_grad, lone)
         if sums is not None:
-            sums.finish(self.operands.weight, self.operands.target, lone)
+            lone = None if lone is None else self.operands.rows.spread(lone)
+            sums.finish(self.operands.weight, self.problem.target, lone, closed_form)
 
     def _add_skipped(
         self, level: Tensor, sums: RowSums | None, weight_grad: Tensor | None, bias_grad: Tensor | None, factor: Tensor
@@ -101,25 +104,25 @@ class ActiveTiles:
         operands, order, shape = self.operands, self.record.order, self.operands.blocks
         tiles, products = self._tiles(), kernels("products")
         most = max((last - first for first, last in zip(tiles.starts, tiles.starts[1:], strict=False)), default=0)
-        held = operands.hidden.new_empty(most, shape.rows, shape.classes)
+        held = operands.source.new_empty(most, shape.rows, shape.classes)
         for group, class_blocks in enumerate(tiles.groups):
             first, last = tiles.starts[group : group + 2]
             residual = held[: last - first]
             kernels("residual").write_residual_tiles(
-                residual, operands.hidden, operands.weight, operands.bias, order, operands.target, self.lse, level,
-                target_level, tiles.row_block, tiles.class_block, first, shape, **operands.options,
+                residual, operands.source, operands.weight, operands.bias, order, operands.row_index, operands.target,
+                self.lse, level, target_level, tiles.row_block, tiles.class_block, first, shape, **operands.options,
             )  # fmt: skip
             if sums is not None:
                 products.add_hidden_grad(
-                    sums.result, sums.lower, residual, operands.weight, order, tiles.row_start, tiles.row_tile,
-                    tiles.class_block, factor, group, first, shape,
+                    sums.result, sums.lower, residual, operands.weight, order, operands.row_index, tiles.row_start,
+                    tiles.row_tile, tiles.class_block, factor, group, first, shape,
                 )  # fmt: skip
             if weight_grad is not None:
                 products.add_weight_grad(
-                    weight_grad, bias_grad, residual, operands.hidden, order, tiles.class_start, tiles.row_block,
-                    factor, first, class_blocks, shape,
+                    weight_grad, residual, operands.source, order, operands.row_index, tiles.class_start,
+                    tiles.row_block, factor, first, class_blocks, shape,
                 )  # fmt: skip
-            elif bias_grad is not None:
+            if bias_grad is not None:
                 self._add_bias_grad(bias_grad, residual, tiles.class_block[first:last], factor)
 
     def _tiles(self) -> _Tiles:
@@ -137,7 +140,7 @@ class ActiveTiles:
 
     def _groups(self) -> list[tuple[int, int]]:
         """Class blocks whose active tiles are held together."""
-        tile_blocks, hidden = self.operands.blocks, self.operands.hidden
+        tile_blocks, hidden = self.operands.blocks, self.operands.source
         row_blocks, class_blocks = self.active.shape
         size = tile_blocks.rows * tile_blocks.classes * hidden.element_size()
         bytes_held = residual_bytes(
@@ -153,7 +156,6 @@ class ActiveTiles:
         return [*groups, (first, class_blocks)]
 
     def _add_bias_grad(self, bias_grad: Tensor, residual: Tensor, class_block: Tensor, factor: Tensor) -> None:
-        """The bias trains and the weight does not: the residual's columns are summed without a product."""
         width = self.operands.blocks.classes
         place = (class_block.long()[:, None] * width + torch.arange(width, device=self.lse.device)).flatten()
         total = residual.sum(1, dtype=torch.float32).flatten() * factor
@@ -176,7 +178,7 @@ class ActiveTiles:
         for row in lone.nonzero().squeeze(1).split(_TARGET_ROWS):
             target, value = operands.target[row], lone[row]
             if weight_grad is not None:
-                product = operands.hidden[row].float().mul_(value[:, None]).to(weight_grad.dtype)
+                product = operands.hidden_of(row).float().mul_(value[:, None]).to(weight_grad.dtype)
                 # Sums repeats in a fixed order, which index_add_ does not on a GPU.
                 weight_grad.index_put_((target,), product, accumulate=True)
             if bias_grad is not None:

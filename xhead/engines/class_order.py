@@ -69,7 +69,7 @@ def learn(operands: Operands, lse: Tensor) -> None:
 def _peaks(operands: Operands, lse: Tensor) -> Tensor:
     """The largest log-probability of each class among some of the rows, (V,)."""
     sample = torch.arange(0, lse.shape[0], -(-lse.shape[0] // _SAMPLE), device=lse.device)
-    hidden, lse = operands.hidden[sample], lse[sample]
+    hidden, lse = operands.hidden_of(sample), lse[sample]
     scale, softcap = operands.options["scale"], operands.options["softcap"]
     products = torch.empty(sample.shape[0], _CLASSES, device=lse.device)
     found = []

@@ -135,18 +135,22 @@ class ClosedFormGradient:
         """Whether there is anything to add."""
         return self.mean_grad is not None or self.variance_grad is not None or self.entries is not None
 
-    def add_hidden_grad(self, hidden_grad: Tensor) -> None:
-        problem = self.problem
+    def add_hidden_grad(self, hidden_grad: Tensor, first: int = 0) -> None:
+        """hidden_grad: (n, D), the accumulator for the rows from `first` on."""
+        problem, last = self.problem, first + hidden_grad.shape[0]
         if self.mean_grad is not None:
-            hidden_grad.addr_(self.mean_grad, self.mean[:-1], alpha=problem.scale)
+            hidden_grad.addr_(self.mean_grad[first:last], self.mean[:-1], alpha=problem.scale)
         if self.variance_grad is not None:
             factor = 2 * problem.scale**2 / problem.vocabulary
-            for start, stop in blocks(problem.rows):
+            for start, stop in blocks(last, first):
                 hidden = problem.hidden[start:stop].to(hidden_grad.dtype)
                 tilt = torch.addmm(self.gram[-1, :-1], hidden, self.gram[:-1, :-1])
-                hidden_grad[start:stop] += tilt.mul_(factor * self.variance_grad[start:stop, None])
+                hidden_grad[start - first : stop - first] += tilt.mul_(factor * self.variance_grad[start:stop, None])
         if self.entries is not None:
             row, column, value = self.entries
+            if last - first < problem.rows:
+                some = ((row >= first) & (row < last)).nonzero().squeeze(1)
+                row, column, value = row[some] - first, column[some], value[some]
             for start, stop in blocks(row.shape[0]):
                 classes = column[start:stop] if self.order is None else self.order[column[start:stop]]
                 rows_of_weight = problem.weight[classes].to(hidden_grad.dtype)
@@ -156,7 +160,7 @@ class ClosedFormGradient:
         """tile: (stop - start, D), the accumulator for the classes at positions start to stop."""
         problem = self.problem
         if self.mean_grad is not None:
-            tile += torch.outer(self._mean_share(start, stop), self.mean_moment[:-1])
+            tile.addr_(self._mean_share(start, stop), self.mean_moment[:-1])
         if self.variance_grad is not None:
             centred = extended_rows(problem, self._classes(start, stop)) - self.centre
             tile.addmm_(centred, self.variance_moment[:, :-1], alpha=2 * problem.scale**2 / problem.vocabulary)

@@ -97,7 +97,8 @@ _STATISTIC = {
     "lse": lambda logits, problem: logits.logsumexp(-1),
     "target": _target,
     "mean": _mean,
-    "variance": lambda logits, problem: logits.var(-1, correction=0),
+    # torch.var warns where there is no row.
+    "variance": lambda logits, problem: (logits - logits.mean(-1, keepdim=True)).square().mean(-1),
     "entropy": _entropy,
     "expectation": _expectation,
     "max": lambda logits, problem: logits.detach().amax(-1),

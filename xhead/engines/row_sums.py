@@ -3,21 +3,21 @@
 import torch
 from torch import Tensor
 
+from xhead.engines.gram import ClosedFormGradient, blocks
 from xhead.engines.operands import kernels
 
 
 class RowSums:
-    """(n, D) sums of more digits than their result has; in half precision, half as much memory as in float32.
+    """(N, D) sums of more digits than their result has; in half precision, half as much memory as in float32.
 
     `result` is what the gradient will be. What is written first is rounded to the result's precision, like the means
     that stand for skipped tiles; after `widen`, what is added is kept to 17 binary digits.
     """
 
-    def __init__(self, rows: int, like: Tensor, *, half: bool):
-        """half: in the dtype of `like` (N, D), one of half precision; otherwise in float32."""
-        self.half = half
-        dtype = like.dtype if half else torch.float32
-        self.result = torch.zeros(rows, like.shape[1], dtype=dtype, device=like.device)
+    def __init__(self, like: Tensor):
+        """like: (N, D)"""
+        self.half = like.dtype != torch.float32
+        self.result = torch.zeros_like(like, memory_format=torch.contiguous_format)
         self.lower: Tensor | None = None
 
     def widen(self) -> None:
@@ -25,7 +25,24 @@ class RowSums:
         if self.half:
             self.lower = torch.zeros(self.result.shape, dtype=torch.uint8, device=self.result.device)
 
-    def finish(self, weight: Tensor, target: Tensor | None, lone: Tensor | None) -> None:
-        """Add `lone_i weight[target_i]`, and round to the result. weight: (V, D), target, lone: (n,)"""
-        kernels("sums").finish(self.result, self.lower, weight, target, lone)
+    def finish(
+        self,
+        weight: Tensor,  # (V, D)
+        target: Tensor | None,  # (N,)
+        lone: Tensor | None,  # (N,)
+        closed_form: ClosedFormGradient,
+    ) -> None:
+        """Add `lone_i weight[target_i]` and the closed forms, and round to the result."""
+        write = kernels("sums").finish
+        if closed_form.any():
+            # In float32 for some rows at a time, and so rounded once.
+            for first, last in blocks(self.result.shape[0]):
+                rows = slice(first, last)
+                lower, wanted, share = (None if t is None else t[rows] for t in (self.lower, target, lone))
+                total = torch.empty_like(self.result[rows], dtype=torch.float32)
+                write(total, self.result[rows], lower, weight, wanted, share)
+                closed_form.add_hidden_grad(total, first)
+                self.result[rows] = total
+        else:
+            write(self.result, self.result, self.lower, weight, target, lone)
         self.lower = None

@@ -23,9 +23,10 @@ class Slices:
 
     def __init__(self, problem: Problem, operands: Operands):
         self.problem, self.operands = problem, operands
-        self.rows, self.width = triton_memory.slice_shape(operands.rows.count, problem.vocabulary)
+        copied = 0 if operands.row_index is None else operands.hidden.nbytes
+        self.rows, self.width = triton_memory.slice_shape(operands.rows.count, problem.vocabulary, copied)
         self.products = torch.empty(self.rows, self.width, dtype=torch.float32, device=problem.hidden.device)
-        self.values = None if problem.values is None else problem.values.float().contiguous()
+        self.values = None if problem.values is None else problem.values.float().T.contiguous()
         self.mean_weight = None if problem.mean_weight is None else problem.mean_weight.float().contiguous()
         self.row_offsets = self.columns = None
         sets = operands.rows.columns()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from xhead.engines.gram import blocks
-from xhead.engines.matmul import multiply
+from xhead.engines.matmul import multiply, multiply_add
 from xhead.engines.operands import Operands, kernels
 from xhead.engines.problem import Problem
 from xhead.engines.row_sums import RowSums
@@ -66,7 +66,7 @@ class SkippedTiles:
         # With a cap, logits are not linear in the hidden state, and have no tilt of this form.
         self.tilted = problem.softcap is None
         # Masses are small numbers, and those of float16 end at 2^-24.
-        self.unit = 4096.0 if operands.hidden.dtype == torch.float16 else 1.0
+        self.unit = 4096.0 if operands.source.dtype == torch.float16 else 1.0
 
     def _mass(self, out: Tensor, rows: tuple[int, int], tiles: tuple[int, int], level: Tensor | None = None) -> Tensor:
         """Masses in the unit, times the level, in the dtype of out: (rows, tiles), in the memory of out."""
@@ -80,8 +80,8 @@ class SkippedTiles:
 
     def write_hidden(self, sums: RowSums, factor: Tensor) -> None:
         """Begin the hidden states' gradient. factor: (1,)"""
-        hidden, count, size = self.operands.hidden, *self.mean.shape
-        total, some = hidden.shape[0], min(MASS_ROWS, hidden.shape[0])
+        hidden, count, size = self.operands.source, *self.mean.shape
+        total, some = self.lse.shape[0], min(MASS_ROWS, self.lse.shape[0])
         gram = with_bias = mean_bias = None
         if self.tilted:
             gram, with_bias, mean_bias = self._gram()
@@ -94,12 +94,13 @@ class SkippedTiles:
             if self.unit != 1.0:
                 of_means /= self.unit
             if gram is not None and product is not None:
-                multiply(hidden[first:last], gram, product[: last - first])
+                multiply(self.operands.hidden_of(slice(first, last)), gram, product[: last - first])
             if mean_bias is not None:
                 centre_bias = (part.float() @ mean_bias).div_(self.unit)
             kernels("tile_means").write_hidden_grad(
-                sums.result, sums.half, of_means, product, hidden, with_bias, centre_bias, self.row_mass,
-                self.row_moment, self.level, factor, (first, last), scale=self.problem.scale, limit=_TILT_LIMIT,
+                sums.result, sums.half, of_means, product, hidden, self.operands.row_index, with_bias, centre_bias,
+                self.row_mass, self.row_moment, self.level, factor, (first, last), scale=self.problem.scale,
+                limit=_TILT_LIMIT,
             )  # fmt: skip
 
     def _gram(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -130,19 +131,20 @@ class SkippedTiles:
 
     def write_weight(self, weight_grad: Tensor | None, bias_grad: Tensor | None, factor: Tensor) -> None:
         """Begin the gradients of the classes. weight_grad: (V, D), bias_grad: (V,) float32, 0"""
-        hidden, width, count = self.operands.hidden, self.operands.blocks.classes, self.mean.shape[0]
+        hidden, width, count = self.operands.source, self.operands.blocks.classes, self.mean.shape[0]
+        total = self.lse.shape[0]
         direction = self._direction() if self.tilted and weight_grad is not None else None
         coefficient = self.share * factor * self.problem.scale
         rest_bias = torch.empty_like(self.share)
-        mass = hidden.new_empty(hidden.shape[0], min(MASS_TILES, count))
+        mass = hidden.new_empty(total, min(MASS_TILES, count))
         for first, last in blocks(count, size=MASS_TILES):
-            part = self._mass(mass, (0, hidden.shape[0]), (first, last), self.level)
+            part = self._mass(mass, (0, total), (first, last), self.level)
             each = factor / (self.sizes[first:last] * self.unit)
             torch.mul(part.sum(0, dtype=torch.float32), each, out=rest_bias[first:last])
             if weight_grad is None:
                 continue
             rest = torch.empty(last - first, hidden.shape[1], dtype=torch.float32, device=hidden.device)
-            multiply(part.T, hidden, rest)
+            self._multiply_out(part, rest)
             rest *= each[:, None]
             if direction is not None:
                 turned = torch.empty_like(rest)
@@ -155,12 +157,23 @@ class SkippedTiles:
         if bias_grad is not None:
             bias_grad.index_add_(0, self.record.order, rest_bias.repeat_interleave(width)[: bias_grad.shape[0]])
 
+    def _multiply_out(self, mass: Tensor, out: Tensor) -> None:
+        """`sum_i mass_i h_i`. mass: (n, tiles), out: (tiles, D) float32, written"""
+        if self.operands.row_index is None:
+            multiply(mass.T, self.operands.source, out)
+            return
+        out.zero_()
+        for first, last in blocks(mass.shape[0], size=MASS_ROWS):
+            multiply_add(mass[first:last].T, self.operands.hidden_of(slice(first, last)), out)
+
     def _direction(self) -> Tensor:
         """C (D, D), as bfloat16 in half precision: sums of squares leave float16's range."""
-        hidden = self.operands.hidden
+        hidden = self.operands.source
         level = self.level * self.row_mass
         largest = level.abs().max().clamp(min=_TINY).reshape(1)
         dtype = torch.float32 if hidden.dtype == torch.float32 else torch.bfloat16
         out = torch.empty(hidden.shape[1], hidden.shape[1], dtype=dtype, device=hidden.device)
-        kernels("tile_means").second_moment(out, hidden, level / largest, largest, self.operands.blocks)
+        kernels("tile_means").second_moment(
+            out, hidden, level / largest, largest, self.operands.blocks, order=self.operands.row_index
+        )
         return out

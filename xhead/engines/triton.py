@@ -35,7 +35,7 @@ D 2,304 on an H100; torch's GEMM has to beat the kernel's by as much.
 """
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MOST_VALUES = 16  # columns of `values` that a program holds in registers
+_MOST_VALUES = 16  # columns of `values`, which a program goes through one after the other
 _FUSED = {"lse", "max", "argmax", "target"}
 
 
@@ -132,13 +132,15 @@ def _reference(operands: Operands, order: Tensor) -> Tensor:
     some = torch.cat([order[:half], order[half::step]])
     bias = None if operands.bias is None else operands.bias[some]
     return kernels("row_statistics").row_statistics(
-        operands.hidden, operands.weight[some], bias, None, operands.blocks, argmax=False, **operands.options
-    )[0]
+        operands.source, operands.weight[some], bias, None, operands.blocks, argmax=False,
+        row_index=operands.row_index, **operands.options,
+    )[0]  # fmt: skip
 
 
 def _fused_statistics(problem: Problem, operands: Operands, record: Record | None) -> Results:
+    # Where nothing is held for a backward there is room for a copy of the rows, which descriptors can load.
     lse, largest, argmax = kernels("row_statistics").row_statistics(
-        operands.hidden,
+        operands.hidden if record is None else operands.source,
         operands.weight,
         operands.bias,
         None if record is None else record.order,
@@ -146,6 +148,7 @@ def _fused_statistics(problem: Problem, operands: Operands, record: Record | Non
         argmax="argmax" in problem.names,
         record=None if record is None else record.codes,
         reference=None if record is None else record.reference,
+        row_index=None if record is None else operands.row_index,
         **operands.options,
     )
     if record is not None:
@@ -179,7 +182,8 @@ def backward(
     tiles, found = None, {}
     if streamed:
         known = results | {"lse": lse, "uniform_mean": uniform_mean}
-        found = {name: rows.take(value) for name, value in known.items()}
+        # Those of the closed forms are not needed, nor are they all one number a row.
+        found = {name: rows.take(value) for name, value in known.items() if name not in problem.other_names}
         if codes.numel() and _filtered(problem, upstream, needs):
             tiles = ActiveTiles(streaming, operands, _record(codes, reference, order, rows.count), found["lse"])
             tiles = tiles if tiles.share <= DENSE_SHARE else None
@@ -187,21 +191,21 @@ def backward(
     if needs[1]:
         make = torch.empty_like if streamed else torch.zeros_like  # either way back writes every class
         weight_grad = make(problem.weight, memory_format=torch.contiguous_format)
-    sums = None
-    if needs[0]:
-        half = tiles is not None and not closed_form.any() and problem.hidden.dtype != torch.float32
-        sums = RowSums(rows.count, problem.hidden, half=half)
-    if tiles is not None:
-        tiles.add_gradients(upstream, found.get("target"), sums, weight_grad, bias_grad)
-    elif streamed:
-        hidden_grad = None if sums is None else sums.result
-        Slices(streaming, operands).add_gradients(found, upstream, hidden_grad, weight_grad, bias_grad)
-    _add_closed_form(problem, closed_form, weight_grad, bias_grad)
     hidden_grad = None
-    if sums is not None:
-        hidden_grad = rows.spread(sums.result)
-        closed_form.add_hidden_grad(hidden_grad)
-        hidden_grad = hidden_grad.to(problem.hidden.dtype)
+    if tiles is not None:
+        sums = RowSums(problem.hidden) if needs[0] else None
+        tiles.add_gradients(upstream, found.get("target"), sums, closed_form, weight_grad, bias_grad)
+        hidden_grad = None if sums is None else sums.result
+    else:
+        if needs[0]:
+            hidden_grad = torch.zeros(rows.count, problem.hidden.shape[1], device=device)
+        if streamed:
+            Slices(streaming, operands).add_gradients(found, upstream, hidden_grad, weight_grad, bias_grad)
+        if hidden_grad is not None:
+            hidden_grad = rows.spread(hidden_grad)
+            closed_form.add_hidden_grad(hidden_grad)
+            hidden_grad = hidden_grad.to(problem.hidden.dtype)
+    _add_closed_form(problem, closed_form, weight_grad, bias_grad)
     if bias_grad is not None and problem.bias is not None:
         bias_grad = bias_grad.to(problem.bias.dtype)
     return hidden_grad, weight_grad, bias_grad

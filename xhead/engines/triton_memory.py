@@ -1,14 +1,15 @@
 """What the Triton engine holds beside its inputs and the gradients that it returns, by the shapes of a call.
 
-In bytes, at the moment when most is held, for a cross-entropy of all rows with both gradients; a few numbers a row or a
-block are not counted, nor what the order of the classes remembers from call to call (8 bytes a class). Rows that are
-ignored add a copy of those that are not, and of their gradient; statistics with a closed form of their own beside `lse`
-and `target` (a mean, for label smoothing) keep the gradient of the hidden states in float32 until it is whole.
+In bytes, at the moment when most is held, for a cross-entropy with both gradients, also where rows are ignored or
+labels smoothed; a few numbers a row or a block are not counted, nor what the order of the classes remembers from call
+to call (8 bytes a class), nor the (D, D) matrices of a variance.
 """
 
 from typing import Any
 
 import torch
+
+from xhead.engines.weight_moments import BLOCK
 
 LIMIT = 61_000_000
 """What the filtered backward keeps to, where rows and classes are not so many that its record alone takes as much."""
@@ -20,10 +21,11 @@ _ALIGNMENT = 64  # classes; a row of a slice starts where a GEMM can load it who
 _ENOUGH, _LEAST, _MOST = 6 << 20, 1 << 24, 1 << 26  # bytes of residual tiles held at a time
 
 
-def slice_shape(rows: int, classes: int) -> tuple[int, int]:
-    """Rows and classes of a slice."""
+def slice_shape(rows: int, classes: int, copied: int = 0) -> tuple[int, int]:
+    """Rows and classes of a slice. copied: bytes of the rows that count, where others do not."""
     rows = max(min(rows, SLICE_ROWS), 1)
-    width = max(PRODUCTS_BYTES // (4 * rows * _ALIGNMENT), 1) * _ALIGNMENT
+    held = max(PRODUCTS_BYTES - copied, PRODUCTS_BYTES // 2)
+    width = max(held // (4 * rows * _ALIGNMENT), 1) * _ALIGNMENT
     return rows, min(width, -(-classes // _ALIGNMENT) * _ALIGNMENT)
 
 
@@ -33,29 +35,55 @@ def residual_bytes(rows: int, classes: int, size: int, blocks: Any, dtype: torch
     return min(LIMIT - rest, _MOST) if LIMIT - rest >= _ENOUGH else _LEAST
 
 
-def dense_bytes(rows: int, classes: int, size: int, blocks: Any, dtype: torch.dtype, *, recorded: bool = True) -> int:
-    """By way of slices. blocks: the tiles' sizes; recorded: the forward left a record, which was not used."""
-    some, width = slice_shape(rows, classes)
+def dense_bytes(
+    rows: int,
+    classes: int,
+    size: int,
+    blocks: Any,
+    dtype: torch.dtype,
+    *,
+    recorded: bool = True,
+    ignored: bool = False,
+) -> int:
+    """By way of slices. blocks: the tiles' sizes; recorded: the forward left a record, which was not used.
+
+    ignored: some rows do not count, and those that do are copied, for which the slices are narrower.
+    """
+    copied = rows * size * dtype.itemsize if ignored else 0
+    some, width = slice_shape(rows, classes, copied)
     residual = 0 if dtype == torch.float32 else dtype.itemsize * some * width
     sums = 0 if dtype == torch.float32 else 4 * rows * size
     if dtype == torch.float16:
         sums += 4 * (rows + width) * size
-    return _kept(rows, classes, blocks, recorded=recorded) + 4 * some * width + residual + sums
+    return _kept(rows, classes, blocks, recorded=recorded) + 4 * some * width + residual + sums + copied
 
 
 def sparse_bytes(
-    rows: int, classes: int, size: int, blocks: Any, dtype: torch.dtype, *, share: float, compensate: bool = True
+    rows: int,
+    classes: int,
+    size: int,
+    blocks: Any,
+    dtype: torch.dtype,
+    *,
+    share: float,
+    compensate: bool = True,
+    ignored: bool = False,
+    smoothed: bool = False,
 ) -> int:
-    """By way of active tiles, of which there is a share."""
+    """By way of active tiles, of which there is a share. ignored: some rows do not count; smoothed: labels are."""
     tiles, item = -(-classes // blocks.classes), dtype.itemsize
     active = int(share * tiles * -(-rows // blocks.rows))
     held = min(active * blocks.rows * blocks.classes * item, residual_bytes(rows, classes, size, blocks, dtype))
     visiting = _beside(rows, size, dtype) + _lists(rows, classes, blocks, share) + held
     means, moment = tiles * size * item, size * size * item
+    gathered = min(MASS_ROWS, rows) * size * item if ignored else 0
     of_rows = moment + min(MASS_ROWS, rows) * (8 * size + tiles * item)
     of_classes = moment + min(MASS_TILES, tiles) * (8 * size + rows * item)
-    standing = means + max(of_rows, of_classes) if compensate else 0
-    return _kept(rows, classes, blocks) + max(visiting, standing)
+    standing = means + gathered + max(of_rows, of_classes) if compensate else 0
+    # A block of classes is freed when the next one is there.
+    some_rows, some_classes = 4 * min(BLOCK, rows) * size, 4 * min(2 * BLOCK, classes) * size
+    finishing = max(_beside(rows, size, dtype) + some_rows, some_classes) if smoothed else 0
+    return _kept(rows, classes, blocks) + max(visiting, standing, finishing)
 
 
 def _kept(rows: int, classes: int, blocks: Any, *, recorded: bool = True) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xhead.engines.problem import Problem
 
-_CLASS_BLOCK = 512  # rows of weight, and gathered rows, held in the accumulation dtype at a time
+BLOCK = 512  # rows of weight, and gathered rows, held in the accumulation dtype at a time
 _STEP = 2654435769  # 2^32 by the golden ratio: multiples modulo 2^32 are spread evenly, and no two are close
 _KEPT = 2  # a model that trains, and one beside it
 
@@ -93,7 +93,7 @@ def extended_rows(problem: Problem, classes: slice | Tensor) -> Tensor:
     return torch.cat([weight, bias[:, None]], 1)
 
 
-def blocks(stop: int, start: int = 0, size: int = _CLASS_BLOCK) -> Iterator[tuple[int, int]]:
+def blocks(stop: int, start: int = 0, size: int = BLOCK) -> Iterator[tuple[int, int]]:
     """[start, stop) in pieces of at most `size`."""
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
