@@ -158,7 +158,7 @@ def test_split_sentences() -> None:
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(RecipeError, match=r"need pyarrow: pip install 'xhead\[data\]'"):
+    with pytest.raises(RecipeError, match=r"need pyarrow: pip install -e '\.\[data\]'"):
         list(load_corpus(str(tmp_path)).lines("train"))
 
 
