@@ -37,6 +37,7 @@ def text_folder(tmp_path: Path) -> Path:
     ("arguments", "message"),
     [
         (["--loss", "nonsense"], r"--loss is 'nonsense'; known: stock, .*cce"),
+        (["--loss", "cce+0.1*nonsense"], "--loss cce.0.1.nonsense .*unknown loss 'nonsense' in 'cce.0.1.nonsense'"),
         (["--hidden_size", "30", "--attention_heads", "4"], "--hidden_size is 30"),
         (["--loss_options", "{}}", "--loss", "cce"], "not JSON"),
         (["--loss_options", "[1]", "--loss", "cce"], "JSON object"),
@@ -57,6 +58,12 @@ def test_bad_options_are_clear_errors(
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def test_a_sum_of_losses(text_folder: Path, tmp_path: Path) -> None:
+    results = run(*parse_options(command(text_folder, tmp_path / "run", "--loss", "cce+0.5*focal", "--max_steps", "2")))
+    assert results["patch"] == {"cut": 2, "materialized": 0}
+    assert results["valid"]["perplexity"] > 1
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:

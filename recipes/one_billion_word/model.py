@@ -85,7 +85,8 @@ def check_loss(options: ModelOptions) -> None:
     """
     if options.loss == STOCK:
         return
-    if options.loss not in (SAMPLED, *xhead.list_losses()):
+    is_sum = any(sign in options.loss for sign in "+*")  # which `get_loss` reads
+    if not is_sum and options.loss not in (SAMPLED, *xhead.list_losses()):
         raise RecipeError(f"--loss is {options.loss!r}; known: {', '.join([STOCK, SAMPLED, *xhead.list_losses()])}")
     loss_options = {name: value for name, value in options.parsed_loss_options.items() if name != "lazy_eval"}
     try:
