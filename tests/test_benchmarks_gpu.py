@@ -22,7 +22,7 @@ def test_smoke(tmp_path, capsys):
     assert constants == (engine.DENSE_SHARE, engine.FUSED_FORWARD)
     assert record["tests"]["passed"], record["tests"]
     assert json.loads((tmp_path / "gpu.json").read_text()) == record
-    assert record["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["environment"]["torch"])  # the metadata may lack "+cu130"
     assert [case["kind"] for case in record["cases"]] == ["random initialisation", "like trained, 61 entries a row"]
     for case in record["cases"]:
         found = {result["name"]: result for result in case["results"]}
